@@ -1,0 +1,289 @@
+"""Records to DataFrames' columns: one decoder a topic, and dead letters for what does not fit."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kframe.batch import strict
+from kframe.batch.json_columns import JsonColumns, unknown_fields
+from kframe.errors import DefinitionError
+from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
+from kframe.schema import Schema
+
+INCLUDE = ("key", "headers", "timestamp", "partition", "offset", "tombstone")
+
+Values = Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int, str]]]
+"""A format: non-null values (binary) to the rows that fit, which ones they are, and why the others don't."""
+
+
+class Decoder:
+    """Decodes one topic's records. One thread uses it at a time.
+
+    Parameters
+    ----------
+    topic : str
+    schema : Schema
+    format : str
+        ``"json"``, ``"csv"``, ``"text"`` or ``"bytes"``: a key of `FORMATS`.
+    include : sequence of str
+        Of `INCLUDE`: columns ``_key`` (bytes), ``_headers`` (list of structs), ... that users get to see.
+    on_new_field : "ignore" or "add"
+        Whether unknown JSON fields are reported in ``Decoded.new_fields``.
+    record_bytes_max : int, bytes
+        A longer value is a dead letter, unread.
+
+    Raises
+    ------
+    DefinitionError
+        An option is not usable.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        schema: Schema,
+        *,
+        format: str = "json",
+        include: Sequence[str] = (),
+        on_new_field: str = "ignore",
+        record_bytes_max: int = 64 << 20,
+        delimiter: str = ",",
+    ) -> None:
+        _check_options(topic, format, include, on_new_field)
+        self.topic = topic
+        self.schema = schema
+        self._options: dict[str, Any] = {
+            "format": format,
+            "include": tuple(include),
+            "on_new_field": on_new_field,
+            "record_bytes_max": record_bytes_max,
+            "delimiter": delimiter,
+        }
+        self._con = private_connection()
+        self._values = FORMATS[format](schema, self._con, delimiter)
+
+    def __repr__(self) -> str:
+        return f"<Decoder {self.topic!r} {self._options['format']} {self.schema!r}>"
+
+    @property
+    def visible(self) -> list[str]:
+        """The columns that users get to see: the schema's, and those they asked for."""
+        return [f.name for f in self.schema] + [f"_{name}" for name in INCLUDE if name in self._options["include"]]
+
+    def with_fields(self, new: Mapping[str, str]) -> Decoder:
+        """A decoder for the same topic with more columns."""
+        return Decoder(self.topic, self.schema.with_fields(new), **self._options)
+
+    def empty(self) -> pa.Table:
+        """A decoded frame without rows."""
+        return self.decode(RECORDS.empty_table()).frame
+
+    def decode(self, records: pa.Table) -> Decoded:
+        """Decode one batch of the topic's records.
+
+        Parameters
+        ----------
+        records : Table
+            Columns `RECORDS`, any order of partitions.
+
+        Returns
+        -------
+        Decoded
+            Every record is in it once: as a row, as a dead letter, or counted as a tombstone. Rows keep the
+            records' order.
+        """
+        dead: list[pa.Table] = []
+        present, tombstones = self._without_tombstones(records)
+        present = self._without_oversized(present, dead)
+        rows, good, errors = self._values(present["value"])
+        if errors:
+            dead.append(self._dead(present.take(pa.array(list(errors))), list(errors.values())))
+            present = present.filter(pa.array(good))
+        frame = self._beside(rows, present)
+        if tombstones.num_rows and "tombstone" in self._options["include"]:
+            frame = self._with_tombstones(frame, tombstones, records)
+        return Decoded(
+            frame,
+            pa.concat_tables([DEAD_LETTERS.empty_table(), *dead]),
+            tombstones.num_rows,
+            self._new_fields(present),
+        )
+
+    # ---- its parts ----------------------------------------------------------------------------------
+
+    def _without_tombstones(self, records: pa.Table) -> tuple[pa.Table, pa.Table]:
+        if not records["value"].null_count:
+            return records, records.slice(0, 0)
+        is_present = pc.is_valid(records["value"])
+        return records.filter(is_present), records.filter(pc.invert(is_present))
+
+    def _without_oversized(self, records: pa.Table, dead: list[pa.Table]) -> pa.Table:
+        most = self._options["record_bytes_max"]
+        if records["value"].nbytes <= most:
+            return records
+        sizes = pc.binary_length(records["value"])
+        large = pc.greater(sizes, most)
+        if pc.any(large).as_py():
+            found = records.filter(large)
+            told = [f"value of {n:,} bytes is over record_bytes_max={most:,}" for n in sizes.filter(large).to_pylist()]
+            nothing = pa.nulls(found.num_rows, pa.binary())
+            dead.append(self._dead(found.set_column(found.column_names.index("value"), "value", nothing), told))
+            records = records.filter(pc.invert(large))
+        return records
+
+    def _dead(self, records: pa.Table, errors: list[str]) -> pa.Table:
+        columns = {name: records[name] for name in ("partition", "offset", "timestamp", "key", "value")}
+        topic = pa.array([self.topic] * records.num_rows, pa.string())
+        return pa.table({"topic": topic, **columns, "error": pa.array(errors, pa.string())}, schema=DEAD_LETTERS)
+
+    def _beside(self, rows: pa.Table, records: pa.Table) -> pa.Table:
+        """The rows with the provenance and included columns of their records."""
+        for name in PROVENANCE:
+            rows = rows.append_column(name, records[name[1:]])
+        for name in ("key", "headers"):
+            if name in self._options["include"]:
+                rows = rows.append_column(f"_{name}", records[name])
+        if "tombstone" in self._options["include"]:
+            rows = rows.append_column("_tombstone", pa.array(np.zeros(rows.num_rows, bool)))
+        return rows
+
+    def _with_tombstones(self, frame: pa.Table, tombstones: pa.Table, records: pa.Table) -> pa.Table:
+        empty = pa.table({f.name: pa.nulls(tombstones.num_rows, f.type.arrow) for f in self.schema})
+        rows = self._beside(empty, tombstones)
+        rows = rows.set_column(
+            rows.column_names.index("_tombstone"), "_tombstone", pa.array(np.ones(rows.num_rows, bool))
+        )
+        nullable = pa.schema([f.with_nullable(True) for f in frame.schema])
+        both = pa.concat_tables([frame.cast(nullable), rows.cast(nullable)])
+        place = {po: i for i, po in enumerate(_places(records))}
+        return both.take(pa.array(np.argsort([place[po] for po in _places(both, "_")], kind="stable")))
+
+    def _new_fields(self, records: pa.Table) -> dict[str, str]:
+        if self._options["on_new_field"] != "add" or not records.num_rows:
+            return {}
+        return unknown_fields(self._con, self.schema, records["value"].cast(pa.string()))
+
+
+# ---- formats ----------------------------------------------------------------------------------------
+
+
+def _texts(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Any, dict[int, str]]:
+    """Values as UTF-8; which they are, and why the others are not."""
+    try:
+        return values.cast(pa.string()), np.ones(len(values), bool), {}
+    except pa.ArrowInvalid:
+        errors = {}
+        for i, raw in enumerate(values.to_pylist()):
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                errors[i] = f"not valid UTF-8: {error.reason} at byte {error.start}"
+        good = np.ones(len(values), bool)
+        good[list(errors)] = False
+        return values.filter(pa.array(good)).cast(pa.string()), good, errors
+
+
+def _of_texts(decode: Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int, str]]]) -> Values:
+    """A format over UTF-8 texts as a format over values."""
+
+    def decode_values(values: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
+        texts, utf8, errors = _texts(values)
+        rows, fits, misfits = decode(texts)
+        if not errors:
+            return rows, fits, misfits
+        where = np.flatnonzero(utf8)
+        good = utf8.copy()
+        good[where[~fits]] = False
+        told = {**errors, **{int(where[i]): text for i, text in misfits.items()}}
+        return rows, good, dict(sorted(told.items()))
+
+    return decode_values
+
+
+def _json(schema: Schema, con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+    return _of_texts(JsonColumns(schema, con).decode)
+
+
+def _text(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+    return _of_texts(lambda texts: (pa.Table.from_arrays([texts], schema=schema.arrow), np.ones(len(texts), bool), {}))
+
+
+def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+    return lambda values: (pa.Table.from_arrays([values], schema=schema.arrow), np.ones(len(values), bool), {})
+
+
+def _csv(schema: Schema, _con: duckdb.DuckDBPyConnection, delimiter: str) -> Values:
+    def decode(texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
+        rows, good, errors = [], np.ones(len(texts), bool), {}
+        for i, text in enumerate(texts.to_pylist()):
+            try:
+                rows.append(_csv_row(schema, text, delimiter))
+            except strict.Misfit as error:
+                errors[i] = str(error)
+                good[i] = False
+        return strict.to_arrow(rows, schema), good, errors
+
+    return _of_texts(decode)
+
+
+def _csv_row(schema: Schema, text: str, delimiter: str) -> dict[str, Any]:
+    try:
+        lines = list(csv.reader([text], delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise strict.Misfit(f"not valid CSV: {error}") from None
+    cells = lines[0] if lines else []
+    if len(lines) > 1 or len(cells) != len(schema.fields):
+        raise strict.Misfit(f"expected one line of {len(schema.fields)} cells, got {len(cells)}")
+    row = {}
+    for f, cell in zip(schema, cells, strict=True):
+        if cell == "" and f.required:
+            raise strict.Misfit(f"{f.name}: required, but empty")
+        try:
+            row[f.name] = None if cell == "" else strict.cell(f.type, cell)
+        except strict.Misfit as error:
+            raise strict.Misfit(f"{f.name}: {error}") from None
+    return row
+
+
+FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Values]] = {
+    "json": _json,
+    "text": _text,
+    "bytes": _bytes,
+    "csv": _csv,
+}
+"""By name. Another format is one more entry: from a schema to a function from values to rows."""
+
+
+def _check_options(topic: str, format: str, include: Sequence[str], on_new_field: str) -> None:
+    for what, value, known in (
+        *(("include", name, INCLUDE) for name in include),
+        ("format", format, tuple(FORMATS)),
+        ("on_new_field", on_new_field, ("ignore", "add")),
+    ):
+        if value not in known:
+            raise DefinitionError(
+                f"topic({topic!r}, {what}=...): there is no {value!r}.", hint=f"Choose from {', '.join(known)}."
+            )
+    if on_new_field == "add" and format != "json":
+        raise DefinitionError(f"topic({topic!r}): on_new_field='add' needs format='json'.")
+
+
+def private_connection() -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB that sees no file and no Python variable."""
+    con = duckdb.connect(":memory:")
+    for setting in ("TimeZone = 'UTC'", "python_enable_replacements = false", "enable_external_access = false"):
+        con.execute(f"SET {setting}")
+    return con
+
+
+def _places(table: pa.Table, prefix: str = "") -> list[tuple[int, int]]:
+    return list(
+        zip(table[f"{prefix}partition"].to_pylist(), table[f"{prefix}offset"].to_pylist(), strict=True)
+    )

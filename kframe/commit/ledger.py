@@ -1,0 +1,308 @@
+"""What DuckDB remembers of a pipeline: epoch, positions, batches, dead letters, gaps.
+
+The ledger is the truth; Kafka's group offsets only mirror it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from kframe.commit.store import Store, registered
+from kframe.errors import DefinitionError, Fenced
+from kframe.model import BatchReport, OffsetRange, Position, TopicPartition
+
+Cursor = duckdb.DuckDBPyConnection
+
+_RANGES = pa.schema(
+    [
+        ("topic", pa.string()),
+        ("partition", pa.int32()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("leader_epoch", pa.int32()),
+    ]
+)
+
+
+class Ledger:
+    """One pipeline's rows in the ``_kframe`` schema.
+
+    Methods that take a cursor write inside its transaction; the others read in a snapshot of their own.
+    """
+
+    def __init__(self, store: Store, pipeline: str) -> None:
+        self.store = store
+        self.pipeline = pipeline
+        self.epoch = -1
+
+    # ---- taking over --------------------------------------------------------------------------------
+
+    def claim(self, cur: Cursor, owner: str, cluster_id: str | None) -> None:
+        """Make this run the owner: a new epoch, which fences every earlier one.
+
+        Raises
+        ------
+        Fatal
+            The positions belong to another Kafka cluster.
+        """
+        row = self._row(cur, "SELECT epoch, cluster_id FROM _kframe.pipelines WHERE name = ?")
+        if row is None:
+            cur.execute(
+                "INSERT INTO _kframe.pipelines VALUES (?, 1, ?, ?, 0)", [self.pipeline, owner, cluster_id]
+            )
+            self.epoch = 1
+        else:
+            _check_cluster(self.pipeline, row[1], cluster_id)
+            self.epoch = int(row[0]) + 1
+            cur.execute(
+                "UPDATE _kframe.pipelines SET epoch = ?, owner = ?, cluster_id = coalesce(cluster_id, ?) "
+                "WHERE name = ?",
+                [self.epoch, owner, cluster_id, self.pipeline],
+            )
+        cur.execute("UPDATE _kframe.positions SET epoch = ? WHERE pipeline = ?", [self.epoch, self.pipeline])
+
+    def define(self, cur: Cursor, fingerprints: Mapping[str, str]) -> list[str]:
+        """Store the definitions' fingerprints; the names whose stored one was another.
+
+        Raises
+        ------
+        DefinitionError
+            Another pipeline of this file writes a table of that name.
+        """
+        rows = cur.execute("SELECT pipeline, name, fingerprint FROM _kframe.tables").fetchall()
+        changed = []
+        for owner, name, old in rows:
+            if name not in fingerprints:
+                continue
+            if owner != self.pipeline:
+                raise DefinitionError(
+                    f"Table {name!r} is written by pipeline {owner!r} in this file.",
+                    kept="Nothing was changed.",
+                    hint="Give one of the two another name.",
+                )
+            if old != fingerprints[name]:
+                changed.append(name)
+        known = {name for owner, name, _ in rows if owner == self.pipeline}
+        for name, fingerprint in fingerprints.items():
+            if name in changed:
+                cur.execute(
+                    "UPDATE _kframe.tables SET fingerprint = ? WHERE pipeline = ? AND name = ?",
+                    [fingerprint, self.pipeline, name],
+                )
+            elif name not in known:
+                cur.execute("INSERT INTO _kframe.tables VALUES (?, ?, ?)", [self.pipeline, name, fingerprint])
+        return changed
+
+    # ---- topics and positions -----------------------------------------------------------------------
+
+    def topics(self) -> dict[str, tuple[str | None, dict[str, str] | None]]:
+        """Each known topic's id in Kafka and pinned schema (None when nothing is pinned)."""
+        rows = self._read('SELECT topic, topic_id, "schema" FROM _kframe.topics WHERE pipeline = ?')
+        return {topic: (topic_id, json.loads(text) if text else None) for topic, topic_id, text in rows}
+
+    def pin_topic(
+        self, cur: Cursor, topic: str, topic_id: str | None, schema: Mapping[str, str] | None
+    ) -> None:
+        """Remember which topic, by id, and which schema the positions and tables belong to."""
+        cur.execute("DELETE FROM _kframe.topics WHERE pipeline = ? AND topic = ?", [self.pipeline, topic])
+        text = json.dumps(dict(schema)) if schema is not None else None
+        cur.execute("INSERT INTO _kframe.topics VALUES (?, ?, ?, ?)", [self.pipeline, topic, topic_id, text])
+
+    def positions(self, cur: Cursor | None = None) -> dict[TopicPartition, Position]:
+        """The next offset to read of every partition seen so far."""
+        rows = self._read(
+            "SELECT topic, partition, position, leader_epoch FROM _kframe.positions WHERE pipeline = ? "
+            "ORDER BY topic, partition",
+            cur=cur,
+        )
+        return {TopicPartition(topic, part): Position(pos, epoch) for topic, part, pos, epoch in rows}
+
+    def add_positions(self, cur: Cursor, new: Mapping[TopicPartition, Position]) -> None:
+        """Begin partitions that the ledger has not seen."""
+        for tp, position in new.items():
+            cur.execute(
+                "INSERT INTO _kframe.positions VALUES (?, ?, ?, ?, ?, ?)",
+                [self.pipeline, tp.topic, tp.partition, position.offset, position.leader_epoch, self.epoch],
+            )
+
+    def advance(self, cur: Cursor, ranges: Sequence[OffsetRange]) -> None:
+        """Move the positions over `ranges`: compare-and-set, the fence against every other writer.
+
+        Raises
+        ------
+        Fenced
+            A position was not at its range's start, or a newer epoch owns it. The caller must roll back.
+        """
+        rows = [r._asdict() for r in ranges]
+        with registered(cur, "_kframe_ranges", pa.Table.from_pylist(rows, _RANGES)) as plan:
+            try:
+                moved = cur.execute(
+                    f"""
+                    UPDATE _kframe.positions AS p SET position = r.stop, leader_epoch = r.leader_epoch
+                    FROM {plan} AS r
+                    WHERE p.pipeline = ? AND p.epoch = ? AND p.topic = r.topic AND p.partition = r.partition
+                      AND p.position = r.start
+                    RETURNING 1
+                    """,
+                    [self.pipeline, self.epoch],
+                ).fetchall()
+            except duckdb.TransactionException as error:
+                raise self._fenced() from error
+        if len(moved) != len(ranges):
+            raise self._fenced()
+
+    def skip(
+        self, cur: Cursor, lost: Sequence[OffsetRange], positions: Mapping[TopicPartition, Position]
+    ) -> None:
+        """Move positions over lost ranges, to the side of each where the log still is."""
+        for r in lost:
+            target = r.stop if positions[r.tp].offset == r.start else r.start
+            cur.execute(
+                "UPDATE _kframe.positions SET position = ?, leader_epoch = -1 "
+                "WHERE pipeline = ? AND epoch = ? AND topic = ? AND partition = ?",
+                [target, self.pipeline, self.epoch, r.topic, r.partition],
+            )
+
+    def record_batch(self, cur: Cursor, report: BatchReport, tombstones: int) -> None:
+        """Write the batch log's row and take its id. The id is dense: no row, no gap.
+
+        Raises
+        ------
+        Fenced
+            Another run took this batch's id.
+        """
+        taken = cur.execute(
+            "UPDATE _kframe.pipelines SET next_batch_id = next_batch_id + 1 "
+            "WHERE name = ? AND epoch = ? AND next_batch_id = ? RETURNING 1",
+            [self.pipeline, self.epoch, report.batch_id],
+        ).fetchall()
+        if not taken:
+            raise self._fenced()
+        ranges = [{k: v for k, v in r._asdict().items() if k != "leader_epoch"} for r in report.ranges]
+        timings = {k: round(v, 3) for k, v in report.timings_ms.items()}
+        cur.execute(
+            "INSERT INTO _kframe.batches SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?",
+            [
+                self.pipeline,
+                report.batch_id,
+                self.epoch,
+                ranges,
+                report.rows,
+                report.dead_letters,
+                tombstones,
+                timings,
+                report.committed_at,
+            ],
+        )
+
+    def next_batch_id(self) -> int:
+        """The id that the next committed batch gets."""
+        rows = self._read("SELECT next_batch_id FROM _kframe.pipelines WHERE name = ?")
+        return int(rows[0][0]) if rows else 0
+
+    def has_batch(self, batch_id: int) -> bool:
+        """Whether this epoch's batch is durable in the file."""
+        return bool(
+            self._read(
+                "SELECT 1 FROM _kframe.batches WHERE pipeline = ? AND batch_id = ? AND epoch = ?",
+                batch_id,
+                self.epoch,
+            )
+        )
+
+    # ---- dead letters and gaps ----------------------------------------------------------------------
+
+    def bury(self, cur: Cursor, batch_id: int, dead: pa.Table) -> None:
+        """Write dead letters (columns `DEAD_LETTERS`) into the ledger."""
+        if dead.num_rows == 0:
+            return
+        with registered(cur, "_kframe_dead", dead) as rows:
+            cur.execute(
+                f'INSERT INTO _kframe.dead_letters SELECT ?, ?, topic, partition, "offset", "timestamp", '
+                f'"key", "value", error FROM {rows}',
+                [self.pipeline, batch_id],
+            )
+
+    def dead_letters(self, cur: Cursor | None = None) -> pa.Table:
+        """The pipeline's dead letters: batch_id, topic, partition, offset, timestamp, key, value, error."""
+        return (
+            (cur or self.store.cursor())
+            .execute(
+                "SELECT * EXCLUDE (pipeline) FROM _kframe.dead_letters WHERE pipeline = ? "
+                'ORDER BY topic, partition, "offset"',
+                [self.pipeline],
+            )
+            .to_arrow_table()
+        )
+
+    def exhume(self, cur: Cursor) -> None:
+        """Remove the pipeline's dead letters; those that fail again are buried anew."""
+        cur.execute("DELETE FROM _kframe.dead_letters WHERE pipeline = ?", [self.pipeline])
+
+    def record_gaps(self, cur: Cursor, ranges: Iterable[OffsetRange], reason: str) -> None:
+        """Name offsets that were never read, and why. Told once for each range."""
+        for r in ranges:
+            key = [self.pipeline, r.topic, r.partition, r.start, r.stop, reason]
+            known = cur.execute(
+                "SELECT 1 FROM _kframe.gaps WHERE pipeline = ? AND topic = ? AND partition = ? "
+                "AND start = ? AND stop = ? AND reason = ?",
+                key,
+            ).fetchall()
+            if not known:
+                cur.execute("INSERT INTO _kframe.gaps VALUES (?, ?, ?, ?, ?, ?, ?)", [*key, now()])
+
+    # ---- tables -------------------------------------------------------------------------------------
+
+    def side_tables(self) -> list[str]:
+        """Names of the tables that the user has stored beside the steps'."""
+        rows = self._read("SELECT name FROM _kframe.tables WHERE pipeline = ? AND fingerprint = 'side'")
+        return [name for (name,) in rows]
+
+    def forget(self, cur: Cursor) -> list[str]:
+        """Remove positions, topics, batches and dead letters, under a new epoch; the steps' tables to drop."""
+        names = self._read("SELECT name FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'")
+        for table in ("positions", "topics", "batches", "dead_letters"):
+            cur.execute(f"DELETE FROM _kframe.{table} WHERE pipeline = ?", [self.pipeline])
+        cur.execute(
+            "DELETE FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'", [self.pipeline]
+        )
+        cur.execute(
+            "UPDATE _kframe.pipelines SET epoch = epoch + 1, next_batch_id = 0, cluster_id = NULL WHERE name = ?",
+            [self.pipeline],
+        )
+        return [name for (name,) in names]
+
+    # ---- reading ------------------------------------------------------------------------------------
+
+    def _read(self, query: str, *values: object, cur: Cursor | None = None) -> list[tuple[Any, ...]]:
+        return (cur or self.store.cursor()).execute(query, [self.pipeline, *values]).fetchall()
+
+    def _row(self, cur: Cursor, query: str) -> tuple[Any, ...] | None:
+        return cur.execute(query, [self.pipeline]).fetchone()
+
+    def _fenced(self) -> Fenced:
+        return Fenced(
+            f"Pipeline {self.pipeline!r}: another run has taken over (this one is epoch {self.epoch}).",
+            kept="This batch was rolled back; the other run's results and positions stand.",
+            hint="Use the newer run, or start this one again: it goes on from the stored positions.",
+        )
+
+
+def now() -> datetime:
+    """The current time, with zone."""
+    return datetime.now(UTC)
+
+
+def _check_cluster(pipeline: str, stored: str | None, seen: str | None) -> None:
+    if stored and seen and stored != seen:
+        raise Fenced(
+            f"Pipeline {pipeline!r} has positions of Kafka cluster {stored}, but these brokers are {seen}.",
+            kept="Nothing was changed.",
+            hint="Use the brokers of that cluster, another file or name=, or pipeline.rewind('earliest').",
+        )

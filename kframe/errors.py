@@ -1,0 +1,157 @@
+"""Every error kframe raises, and what to do when it is caught.
+
+::
+
+    KframeError
+    ├── Retryable              nothing has changed; the same call may succeed later
+    │   └── BrokerUnavailable
+    ├── AbortBatch             this batch was rolled back; positions and tables are as before
+    │   ├── StepError          a user's function raised, or a SQL step failed
+    │   ├── SchemaError        data does not fit the declared or stored types
+    │   └── TooManyDeadLetters
+    └── Fatal                  stop; a person has to decide
+        ├── ConfigError        (also a ValueError)
+        ├── DefinitionError    (also a ValueError)
+        ├── StoreLocked        another process, kernel or fork owns the file
+        ├── StoreDamaged       the file or its write-ahead log cannot be read
+        ├── Fenced             somebody else advanced this pipeline
+        ├── LostRange          Kafka no longer has offsets that were still to be read
+        ├── TopicRecreated     the topic was deleted and made again
+        ├── UnreadableRecord   the client cannot get past an offset
+        └── LocalKafkaError    the local broker could not be fetched or started
+
+The text of an error says what happened and where, what was kept, and the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class KframeError(Exception):
+    """The root of all of kframe's errors.
+
+    Parameters
+    ----------
+    what : str
+        What happened, and where (``orders[3] offsets [40, 90)``).
+    kept : str, optional
+        What is still true: tables, positions.
+    hint : str, optional
+        The next step for the reader.
+    """
+
+    def __init__(self, what: str, *, kept: str = "", hint: str = "") -> None:
+        super().__init__("\n".join(part for part in (what, kept, hint) if part))
+        self.what = what
+        self.kept = kept
+        self.hint = hint
+
+
+class Retryable(KframeError):
+    """Nothing has changed; the same call may succeed later."""
+
+
+class BrokerUnavailable(Retryable):
+    """No broker answered in time."""
+
+
+class AbortBatch(KframeError):
+    """The running batch was rolled back; tables and positions are as they were."""
+
+
+class StepError(AbortBatch):
+    """A step's function raised; ``__cause__`` is its exception.
+
+    Attributes
+    ----------
+    step : str
+        The table whose step it was.
+    ranges : tuple of OffsetRange
+        The records it ran over.
+    frames : dict of str to DataFrame
+        What the function was called with, by parameter.
+    """
+
+    step: str = ""
+    ranges: tuple[Any, ...] = ()
+    frames: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+
+
+class SchemaError(AbortBatch):
+    """Data does not fit the declared or the stored types."""
+
+
+class TooManyDeadLetters(AbortBatch):
+    """More records could not be decoded than ``dead_letters_max_ratio`` allows."""
+
+
+class Fatal(KframeError):
+    """The pipeline cannot go on until a person has decided."""
+
+
+class ConfigError(Fatal, ValueError):
+    """An option or a Kafka setting is not usable."""
+
+
+class DefinitionError(Fatal, ValueError):
+    """A topic, table or step cannot be defined like this."""
+
+
+class StoreLocked(Fatal):
+    """Another process, kernel or fork owns the database file."""
+
+
+class StoreDamaged(Fatal):
+    """The database file or its write-ahead log cannot be read."""
+
+
+class Fenced(Fatal):
+    """Somebody else has taken over this pipeline or advanced its positions."""
+
+
+class LostRange(Fatal):
+    """Offsets that were still to be read are no longer in Kafka's log.
+
+    Attributes
+    ----------
+    ranges : tuple of OffsetRange
+        What is lost: below the log's start, or between its end and a position beyond it.
+    """
+
+    def __init__(self, what: str, ranges: tuple[Any, ...] = (), *, kept: str = "", hint: str = "") -> None:
+        super().__init__(what, kept=kept, hint=hint)
+        self.ranges = ranges
+
+    @classmethod
+    def of(cls, expired: Sequence[Any], truncated: Sequence[Any]) -> LostRange:
+        """The error for ranges that have expired and ranges that were cut off the log's end."""
+        told = [f"{r} are no longer in the log (expired or deleted)" for r in expired]
+        told += [f"{r} were read before, but the log now ends at {r.start}" for r in truncated]
+        return cls(
+            "Records are lost: " + "; ".join(told) + ".",
+            (*expired, *truncated),
+            kept="Tables and positions are as they were; the ranges are named in _kframe.gaps.",
+            hint='Restore the topic, or go on without them: Pipeline(..., on_lost_range="skip").',
+        )
+
+
+class TopicRecreated(Fatal):
+    """The topic was deleted and made again: its offsets mean other records now."""
+
+
+class UnreadableRecord(Fatal):
+    """Kafka's client cannot get past an offset."""
+
+
+class LocalKafkaError(Fatal):
+    """The local Apache Kafka could not be fetched, started or stopped."""
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, also in the form in which DuckDB raises it."""
+    return isinstance(error, KeyboardInterrupt) or (
+        type(error).__name__ in ("RuntimeError", "InterruptException")
+        and "interrupted" in str(error).lower()
+    )

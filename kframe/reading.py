@@ -1,0 +1,124 @@
+"""Queries on the store: one consistent snapshot, and the positions it is as of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+
+from kframe.commit.ledger import Ledger
+from kframe.errors import KframeError
+from kframe.model import TopicPartition
+from kframe.transform.frames import to_pandas
+
+_SHOWN_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """A query's rows, with the batch and the positions that they are as of."""
+
+    table: pa.Table
+    batch_id: int
+    positions: Mapping[TopicPartition, int]
+
+    def df(self) -> pd.DataFrame:
+        """The rows as pandas: decimals stay exact, integers with NULL stay integers.
+
+        Returns
+        -------
+        DataFrame, shape (n_rows, n_columns)
+            ``attrs`` holds ``batch_id`` and ``positions``.
+        """
+        frame = to_pandas(self.table)
+        frame.attrs.update(
+            batch_id=self.batch_id, positions={str(tp): offset for tp, offset in self.positions.items()}
+        )
+        return frame
+
+    def arrow(self) -> pa.Table:
+        """The rows as an Arrow table."""
+        return self.table
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """The rows as tuples."""
+        return [tuple(row.values()) for row in self.table.to_pylist()]
+
+    def __repr__(self) -> str:
+        head = self.table.slice(0, _SHOWN_ROWS).to_pandas(types_mapper=pd.ArrowDtype)
+        return f"{head}\n[{self.table.num_rows:,} rows, as of {self._as_of()}]"
+
+    def _repr_html_(self) -> str:
+        head = self.table.slice(0, _SHOWN_ROWS).to_pandas(types_mapper=pd.ArrowDtype)
+        note = escape(f"{self.table.num_rows:,} rows, as of {self._as_of()}")
+        return f"{head.to_html(index=False, escape=True, border=0)}<p>{note}</p>"
+
+    def _as_of(self) -> str:
+        return f"batch {self.batch_id}" if self.batch_id >= 0 else "before the first batch"
+
+
+def query(ledger: Ledger, sql: str, parameters: object = None) -> Result:
+    """Run one read-only statement and read the positions in the same snapshot.
+
+    Ctrl-C interrupts the statement, also a long one, and leaves every connection usable.
+
+    Raises
+    ------
+    KframeError
+        The statement would write.
+    """
+
+    def read(cur: duckdb.DuckDBPyConnection) -> Result:
+        cur.execute("BEGIN TRANSACTION READ ONLY")
+        try:
+            table = cur.sql(sql, params=parameters).to_arrow_table()
+            at = {tp: p.offset for tp, p in ledger.positions(cur).items()}
+            rows = cur.execute(
+                "SELECT next_batch_id - 1 FROM _kframe.pipelines WHERE name = ?", [ledger.pipeline]
+            ).fetchall()
+        except duckdb.InvalidInputException as error:
+            if "read-only" in str(error) or "READ ONLY" in str(error):
+                raise KframeError(
+                    "sql() only reads; tables change by batches alone.",
+                    kept="Nothing was changed.",
+                    hint="Use side_table() for data of your own.",
+                ) from None
+            raise
+        finally:
+            cur.execute("ROLLBACK")
+        return Result(table, int(rows[0][0]) if rows else -1, at)
+
+    return _interruptible(ledger.store.cursor(), read)
+
+
+def _interruptible(cur: duckdb.DuckDBPyConnection, read: Any) -> Any:
+    """Run `read` on a helper thread in the foreground, so that Ctrl-C reaches us and not DuckDB."""
+    if threading.current_thread() is not threading.main_thread():
+        return read(cur)
+    outcome: list[Any] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            outcome.append((read(cur), None))
+        except BaseException as error:
+            outcome.append((None, error))
+        ended.set()
+
+    threading.Thread(target=work, name="kframe-read", daemon=True).start()
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        cur.interrupt()
+        ended.wait(5)
+        raise
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,42 @@
+"""Reading an exact set of offsets through any source, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pyarrow as pa
+
+from kframe.batch.plan import plan_batch
+from kframe.model import RECORDS, Fetched, Limits, Position, TopicPartition
+from kframe.source.protocol import Source
+
+_LIMITS = Limits(rows_max=300_000, bytes_max=64 << 20, interval_s=1.0)
+
+
+def batches_between(
+    source: Source,
+    positions: Mapping[TopicPartition, Position],
+    stops: Mapping[TopicPartition, int],
+    limits: Limits = _LIMITS,
+) -> Iterator[Fetched]:
+    """The records of ``[position, stop)`` of every partition, batch after batch, to the end."""
+    at = dict(positions)
+    source.start(at, stops)
+    try:
+        while plan := plan_batch(at, stops):
+            fetched = source.fetch(plan, limits, lambda: False)
+            at |= {r.tp: Position(r.stop, r.leader_epoch) for r in fetched.ranges}
+            yield fetched
+    finally:
+        source.close()
+
+
+def read_bounded(
+    source: Source, positions: Mapping[TopicPartition, Position], stops: Mapping[TopicPartition, int]
+) -> dict[str, pa.Table]:
+    """The records of ``[position, stop)`` of every partition, by topic."""
+    parts: dict[str, list[pa.Table]] = {}
+    for fetched in batches_between(source, positions, stops):
+        for topic, records in fetched.records.items():
+            parts.setdefault(topic, []).append(records)
+    return {topic: pa.concat_tables([RECORDS.empty_table(), *tables]) for topic, tables in parts.items()}

@@ -1,0 +1,109 @@
+"""The Kafka client's settings: kframe's defaults, the user's own, and what may not be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kframe.errors import ConfigError
+
+_OWN: dict[str, Any] = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "enable.partition.eof": True,
+    "auto.offset.reset": "error",  # any other choice skips lost records silently
+    "isolation.level": "read_committed",
+    "check.crcs": True,
+}
+
+_DEFAULTS: dict[str, Any] = {
+    "fetch.queue.backoff.ms": 5,  # the client's 1000 stalls a fast reader
+    "queued.min.messages": 300_000,
+    "queued.max.messages.kbytes": 131_072,
+    "topic.metadata.refresh.interval.ms": 30_000,
+}
+
+_REFUSED = {
+    "plugin.library.paths": "it loads code into this process",
+    "group.instance.id": "kframe assigns partitions itself",
+    "group.protocol": "kframe assigns partitions itself",
+}
+
+PIPELINE_SETTINGS = ("processing.guarantee", "commit.interval.ms")
+"""Kafka Streams' names for two of `Pipeline`'s own options, accepted among Kafka's settings."""
+
+_SHOWN = {"bootstrap.servers", "client.id", "security.protocol", "sasl.mechanism", "isolation.level"}
+
+
+class Settings:
+    """A validated Kafka configuration that never shows a secret.
+
+    Parameters
+    ----------
+    brokers : str
+        ``host:port,...``.
+    extra : mapping, optional
+        Settings under Kafka's own dotted names; SASL and TLS go through to the client as they are.
+
+    Raises
+    ------
+    ConfigError
+        A setting that kframe needs at another value, or one that is refused.
+    """
+
+    def __init__(self, brokers: str, extra: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(brokers, str) or not brokers.strip():
+            raise ConfigError("brokers= is empty.", hint='Give "host:port", or kf.local_kafka().brokers.')
+        extra = {k: v for k, v in (extra or {}).items() if k not in PIPELINE_SETTINGS}
+        for name, value in extra.items():
+            _check(name, value)
+        self._extra = {"bootstrap.servers": brokers, **extra}
+
+    def __repr__(self) -> str:
+        shown = {k: v if k in _SHOWN else "[hidden]" for k, v in self._extra.items()}
+        return f"<Settings {shown}>"
+
+    def consumer(self, group_id: str) -> dict[str, Any]:
+        """The consumer's configuration."""
+        return {**_DEFAULTS, "group.id": group_id, **self._quiet(), **_OWN}
+
+    def admin(self) -> dict[str, Any]:
+        """The admin client's configuration: only what connecting needs."""
+        return {k: v for k, v in self._quiet().items() if k not in _CONSUMER_ONLY}
+
+    def producer(self, **own: Any) -> dict[str, Any]:
+        """An idempotent producer's configuration."""
+        return {
+            "linger.ms": 20,
+            "compression.type": "lz4",
+            "enable.idempotence": True,
+            **self.admin(),
+            **{name.replace("_", "."): value for name, value in own.items()},
+        }
+
+    def redact(self, text: str) -> str:
+        """`text` without any configured value, apart from the few that are safe to show."""
+        for name, value in self._extra.items():
+            if name not in _SHOWN and len(str(value)) > 2:
+                text = text.replace(str(value), "[hidden]")
+        return text
+
+    def _quiet(self) -> dict[str, Any]:
+        return {"log_level": 0, **self._extra}
+
+
+_CONSUMER_ONLY = {
+    "group.id", "isolation.level", "check.crcs", "session.timeout.ms", "max.poll.interval.ms",
+    "fetch.min.bytes", "fetch.wait.max.ms", "fetch.message.max.bytes", "max.partition.fetch.bytes",
+    "fetch.max.bytes", "fetch.queue.backoff.ms", "queued.min.messages", "queued.max.messages.kbytes",
+}  # fmt: skip
+
+
+def _check(name: str, value: Any) -> None:
+    if name in _REFUSED:
+        raise ConfigError(f"kafka_config[{name!r}] is refused: {_REFUSED[name]}.", hint="Leave it out.")
+    if name in _OWN and str(value).lower() != str(_OWN[name]).lower():
+        raise ConfigError(
+            f"kafka_config[{name!r}] is fixed at {_OWN[name]!r}: exactly-once depends on it.",
+            hint="Leave it out.",
+        )

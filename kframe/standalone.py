@@ -1,0 +1,232 @@
+"""Reading and writing topics without a pipeline: `peek`, `read`, `write`. No position is kept."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import confluent_kafka as ck
+import pandas as pd
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from kframe.batch.decode import Decoder
+from kframe.batch.infer import infer_schema
+from kframe.errors import ConfigError, KframeError
+from kframe.model import Position, TopicPartition
+from kframe.run import first_values
+from kframe.schema import Schema
+from kframe.source.bounded import batches_between, read_bounded
+from kframe.source.kafka import KafkaSource
+from kframe.source.protocol import Start
+from kframe.source.settings import Settings
+from kframe.transform.frames import to_pandas
+
+_INCLUDE = ("partition", "offset", "timestamp", "key")
+_PRODUCE_ROWS = 50_000
+_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Peek:
+    """The first records of a topic, and the schema that they suggest."""
+
+    topic: str
+    frame: pd.DataFrame
+    schema: Schema
+
+    def __repr__(self) -> str:
+        return f"{self.frame}\n\n{self._code()}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"{self.frame.to_html(index=False, escape=True, border=0)}<pre>{escape(self._code())}</pre>"
+
+    def _code(self) -> str:
+        fields = json.dumps(self.schema.to_dict(), indent=4)
+        return f"topic({self.topic!r}, schema={fields})"
+
+
+def peek(
+    topic: str, *, brokers: str, n: int = 5, format: str = "json", kafka_config: Mapping[str, Any] | None = None
+) -> Peek:
+    """Look at a topic's first records.
+
+    Parameters
+    ----------
+    topic, brokers : str
+    n : int, records
+        How many are shown; the schema is inferred from up to 1,000.
+
+    Returns
+    -------
+    Peek
+        ``.frame``: DataFrame, shape (<= n, columns and ``_partition``, ``_offset``, ``_timestamp``, ``_key``);
+        ``.schema``, ready to paste. Nothing is committed anywhere.
+
+    Raises
+    ------
+    ConfigError
+        The topic does not exist or is empty.
+    """
+    source = _source(brokers, kafka_config)
+    info = source.describe([topic])[topic]
+    values = first_values(source, topic, info)
+    if not values:
+        raise ConfigError(f"Topic {topic!r} is empty: there is nothing to show.")
+    schema = infer_schema(values, format)
+    tps = [TopicPartition(topic, p) for p in range(info.partitions)]
+    low, high = source.offsets(tps, "earliest"), source.offsets(tps, "latest")
+    stops = {tp: min(high[tp], low[tp] + n) for tp in tps}
+    starts = {tp: Position(low[tp]) for tp in tps if low[tp] < stops[tp]}
+    records = read_bounded(source, starts, stops)[topic].slice(0, n)
+    frame = Decoder(topic, schema, format=format, include=_INCLUDE).decode(records).frame
+    return Peek(topic, to_pandas(frame), schema)
+
+
+def read(
+    topic: str,
+    *,
+    brokers: str,
+    start: Start = "earliest",
+    end: Start = "latest",
+    schema: Mapping[str, str] | None = None,
+    format: str = "json",
+    include: Sequence[str] = (),
+    kafka_config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """A bounded part of a topic as one DataFrame.
+
+    Parameters
+    ----------
+    start, end : "earliest", "latest", time or {partition: offset}
+        Offsets ``[start, end)`` of every partition; times mean the first record at or after them.
+    schema : mapping, optional
+        Default: inferred from the first records.
+    include : sequence of str
+        As in `Pipeline.topic`.
+
+    Returns
+    -------
+    DataFrame, shape (n_records, n_columns)
+        Partition by partition in offset order. ``attrs["dead_letters"]`` holds undecodable records as a
+        DataFrame. Nothing is committed anywhere.
+    """
+    source = _source(brokers, kafka_config, [topic] if "headers" in include else [])
+    info = source.describe([topic])[topic]
+    tps = [TopicPartition(topic, p) for p in range(info.partitions)]
+    starts, stops = source.offsets(tps, start), source.offsets(tps, end)
+    positions = {tp: Position(starts[tp]) for tp in tps if starts[tp] < stops[tp]}
+    decoder = Decoder(topic, _schema(source, topic, schema, format), format=format, include=tuple(include))
+    frames, dead = [decoder.empty()], []
+    total = sum(stops[tp] - p.offset for tp, p in positions.items())
+    with tqdm(total=total, desc=topic, unit=" records", unit_scale=True, disable=None if progress else True) as bar:
+        for fetched in batches_between(source, positions, stops) if positions else ():
+            if topic in fetched.records:
+                decoded = decoder.decode(fetched.records[topic])
+                frames.append(decoded.frame)
+                dead.append(decoded.dead)
+            bar.update(sum(r.stop - r.start for r in fetched.ranges))
+    table = pa.concat_tables(frames).sort_by([("_partition", "ascending"), ("_offset", "ascending")])
+    frame = to_pandas(table.select(decoder.visible))
+    if any(d.num_rows for d in dead):
+        frame.attrs["dead_letters"] = pa.concat_tables(dead).to_pandas()
+    return frame
+
+
+def write(
+    frame: pd.DataFrame,
+    topic: str,
+    *,
+    brokers: str,
+    key: str | None = None,
+    transactional: bool = False,
+    kafka_config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> int:
+    """Write a DataFrame's rows as JSON records, with an idempotent producer.
+
+    Parameters
+    ----------
+    frame : DataFrame, shape (n_rows, n_columns)
+        Columns become fields; missing values become null, times ISO 8601 text, decimals text.
+    key : str, optional
+        The column whose value, as text, is the record's key.
+    transactional : bool
+        All rows become visible to read_committed readers at once, or none.
+
+    Returns
+    -------
+    int
+        Records written and acknowledged by all in-sync replicas.
+
+    Raises
+    ------
+    KframeError
+        A record was refused. Without `transactional`, records before it may be in the topic.
+    """
+    if key is not None and key not in frame.columns:
+        raise ConfigError(f"write(key={key!r}): the frame has no such column.", hint=f"It has: {', '.join(frame.columns)}")
+    settings = Settings(brokers, kafka_config)
+    own = {"transactional_id": f"kframe-write-{uuid.uuid4()}"} if transactional else {}
+    producer = ck.Producer(settings.producer(**own))
+    refused: list[str] = []
+    if transactional:
+        producer.init_transactions(_TIMEOUT_S)
+        producer.begin_transaction()
+    try:
+        with tqdm(total=len(frame), desc=topic, unit=" records", unit_scale=True, disable=None if progress else True) as bar:
+            for first in range(0, len(frame), _PRODUCE_ROWS):
+                part = frame.iloc[first : first + _PRODUCE_ROWS]
+                _produce(producer, topic, part, key, refused)
+                bar.update(len(part))
+        if producer.flush(_TIMEOUT_S) or refused:
+            raise KframeError(
+                f"write({topic!r}): {refused[0] if refused else 'the brokers did not acknowledge in time'}",
+                kept="Nothing is visible." if transactional else "Some records may be in the topic.",
+            )
+        if transactional:
+            producer.commit_transaction(_TIMEOUT_S)
+    except BaseException:
+        if transactional:
+            producer.abort_transaction(_TIMEOUT_S)
+        raise
+    return len(frame)
+
+
+def _produce(producer: Any, topic: str, frame: pd.DataFrame, key: str | None, refused: list[str]) -> None:
+    def delivered(error: Any, _message: Any) -> None:
+        if error is not None and not refused:
+            refused.append(error.str())
+
+    keys = [None] * len(frame) if key is None else [None if pd.isna(k) else str(k) for k in frame[key]]
+    for value, record_key in zip(json_lines(frame), keys, strict=True):
+        while True:
+            try:
+                producer.produce(topic, value=value, key=record_key, on_delivery=delivered)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    producer.poll(0)
+
+
+def json_lines(frame: pd.DataFrame) -> list[str]:
+    """Each row as one JSON object."""
+    return frame.to_json(orient="records", lines=True, date_format="iso", date_unit="us").splitlines()
+
+
+def _schema(source: KafkaSource, topic: str, given: Mapping[str, str] | None, format: str) -> Schema:
+    if given is not None:
+        return Schema.parse(given)
+    return infer_schema(first_values(source, topic, source.describe([topic])[topic]), format)
+
+
+def _source(
+    brokers: str, kafka_config: Mapping[str, Any] | None, headers: Sequence[str] = ()
+) -> KafkaSource:
+    return KafkaSource(Settings(brokers, kafka_config), group_id="kframe.reader", headers=headers)
