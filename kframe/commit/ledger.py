@@ -231,15 +231,11 @@ class Ledger:
 
     def dead_letters(self, cur: Cursor | None = None) -> pa.Table:
         """The pipeline's dead letters: batch_id, topic, partition, offset, timestamp, key, value, error."""
-        return (
-            (cur or self.store.cursor())
-            .execute(
-                "SELECT * EXCLUDE (pipeline) FROM _kframe.dead_letters WHERE pipeline = ? "
-                'ORDER BY topic, partition, "offset"',
-                [self.pipeline],
-            )
-            .to_arrow_table()
+        query = (
+            "SELECT * EXCLUDE (pipeline) FROM _kframe.dead_letters WHERE pipeline = $1 "
+            'ORDER BY topic, partition, "offset"'
         )
+        return (cur or self.store.cursor()).sql(query, params=[self.pipeline]).to_arrow_table()
 
     def exhume(self, cur: Cursor) -> None:
         """Remove the pipeline's dead letters; those that fail again are buried anew."""

@@ -127,13 +127,7 @@ class KafkaSource:
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Mirror `positions` into Kafka's group offsets, without waiting."""
         if self._reader is not None:
-            with contextlib.suppress(ck.KafkaException, RuntimeError):
-                self._reader.consumer.commit(
-                    offsets=[
-                        ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()
-                    ],
-                    asynchronous=True,
-                )
+            self._reader.acknowledge(positions)
 
     def trouble(self) -> str | None:
         """The client's last complaint, until a record arrives again."""
@@ -246,6 +240,7 @@ class _Reader:
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
+        self._to_acknowledge: dict[TopicPartition, Position] = {}
         consumer.assign([_assignment(tp, positions[tp]) for tp in self._open])
         self._thread = threading.Thread(target=self._run, name="kframe-fetch", daemon=True)
         self._thread.start()
@@ -280,11 +275,17 @@ class _Reader:
                 self._changed.wait(min(left, _POLL_TIMEOUT_S))
         return _fetched(plan, chunks)
 
+    def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
+        """Have `positions` committed to the group: by the fetching thread, for a call from here would wait."""
+        with self._changed:
+            self._to_acknowledge |= positions
+
     def close(self) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        self._commit_group()
         self.consumer.close()
 
     # ---- the fetching thread ------------------------------------------------------------------------
@@ -292,6 +293,7 @@ class _Reader:
     def _run(self) -> None:
         try:
             while self._open and self._has_room():
+                self._commit_group()
                 messages = self.consumer.consume(_CONSUME_ROWS, timeout=_POLL_TIMEOUT_S)
                 if messages:
                     self._put(self._chunk(messages))
@@ -300,6 +302,14 @@ class _Reader:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+
+    def _commit_group(self) -> None:
+        with self._changed:
+            positions, self._to_acknowledge = self._to_acknowledge, {}
+        if positions:
+            offsets = [ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()]
+            with contextlib.suppress(ck.KafkaException, RuntimeError):
+                self.consumer.commit(offsets=offsets, asynchronous=True)
 
     def _has_room(self) -> bool:
         with self._changed:
