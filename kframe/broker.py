@@ -109,7 +109,12 @@ class LocalKafka:
     """
 
     def __init__(
-        self, brokers: str, *, folder: Path | None = None, owned: bool = False, command: list[str] | None = None
+        self,
+        brokers: str,
+        *,
+        folder: Path | None = None,
+        owned: bool = False,
+        command: list[str] | None = None,
     ) -> None:
         self.brokers = brokers
         self.folder = folder
@@ -140,7 +145,9 @@ class LocalKafka:
     def restart(self) -> None:
         """Start the broker again on the same port and folder, after `kill`, or after `stop` with a folder."""
         if self._command is None or self.folder is None:
-            raise LocalKafkaError(f"{self.brokers} was not started by kframe.", hint="Restart it where it runs.")
+            raise LocalKafkaError(
+                f"{self.brokers} was not started by kframe.", hint="Restart it where it runs."
+            )
         self._end()
         log = self.folder / "server.log"
         guard = Path(__file__).with_name("broker_guard.py")
@@ -285,7 +292,15 @@ def _format(java: str, jars: Path, home: Path, properties: Path) -> None:
     if (home / "data" / "meta.properties").exists():
         return
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "x", 1)
-    command = [*_jvm(java, jars, home), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)]
+    command = [
+        *_jvm(java, jars, home),
+        "kafka.tools.StorageTool",
+        "format",
+        "-t",
+        cluster,
+        "-c",
+        str(properties),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode:
         raise LocalKafkaError(f"Kafka could not format {home}: {(done.stderr or done.stdout).strip()[-800:]}")

@@ -101,7 +101,8 @@ def check_name(name: Any) -> None:
     """Raises `DefinitionError` for a name that no table can have."""
     if not isinstance(name, str) or not name or name.lower().startswith(_RESERVED_PREFIX):
         raise DefinitionError(
-            f"{name!r} cannot name a table.", hint=f"Use non-empty text that does not begin with {_RESERVED_PREFIX}."
+            f"{name!r} cannot name a table.",
+            hint=f"Use non-empty text that does not begin with {_RESERVED_PREFIX}.",
         )
 
 

@@ -142,17 +142,16 @@ class Engine:
         report = BatchReport(
             self.ledger.next_batch_id(), ranges, sum(p.rows for p in partials), dead.num_rows, timings, now()
         )
-        with timings.stage("commit"), transaction(self.store, lambda: self.ledger.has_batch(report.batch_id)) as cur:
+        with transaction(self.store, lambda: self.ledger.has_batch(report.batch_id)) as cur:
             self._at_edge("begun")
-            if steps is not self._defined:
-                self.ledger.define(cur, {s.name: s.fingerprint() for s in steps})
-                prepare(cur, steps, self._schemas(cur, steps))
-            for change in changes:
-                write(cur, change)
-            if replaces_dead_letters:
-                self.ledger.exhume(cur)
-            self.ledger.bury(cur, report.batch_id, dead)
-            self._pin_new_fields(cur, partials)
+            with timings.stage("write"):
+                self._define(cur, steps)
+                for change in changes:
+                    write(cur, change)
+                if replaces_dead_letters:
+                    self.ledger.exhume(cur)
+                self.ledger.bury(cur, report.batch_id, dead)
+                self._pin_new_fields(cur, partials)
             self._at_edge("rows_written")
             self.ledger.record_batch(cur, report, sum(p.tombstones for p in partials))
             self.ledger.advance(cur, ranges)
@@ -189,6 +188,12 @@ class Engine:
             if found:
                 changes += step.merge(cur, step.combine(con, found))
         return changes
+
+    def _define(self, cur: duckdb.DuckDBPyConnection, steps: Sequence[Step]) -> None:
+        """Store new definitions, and make the tables and views that they need."""
+        if steps is not self._defined:
+            self.ledger.define(cur, {s.name: s.fingerprint() for s in steps})
+            prepare(cur, steps, self._schemas(cur, steps))
 
     def _schemas(self, cur: duckdb.DuckDBPyConnection, steps: Sequence[Step]) -> dict[str, pa.Schema]:
         """Columns of every topic and table that the steps read."""

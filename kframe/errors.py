@@ -152,6 +152,5 @@ class LocalKafkaError(Fatal):
 def is_interrupt(error: BaseException) -> bool:
     """Whether it is Ctrl-C, also in the form in which DuckDB raises it."""
     return isinstance(error, KeyboardInterrupt) or (
-        type(error).__name__ in ("RuntimeError", "InterruptException")
-        and "interrupted" in str(error).lower()
+        type(error).__name__ in ("RuntimeError", "InterruptException") and "interrupted" in str(error).lower()
     )

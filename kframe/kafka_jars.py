@@ -63,7 +63,9 @@ def kafka_jars(*, progress: bool = True) -> Path:
 def pinned() -> list[Jar]:
     """The list that ships with kframe."""
     lines = files("kframe").joinpath("kafka_jars.txt").read_text().split("\n")
-    return [Jar(sha, *coordinates.split(":")) for sha, coordinates in (line.split() for line in lines if line)]
+    return [
+        Jar(sha, *coordinates.split(":")) for sha, coordinates in (line.split() for line in lines if line)
+    ]
 
 
 def cache_folder() -> Path:
@@ -83,7 +85,9 @@ def _is_good(path: Path, jar: Jar) -> bool:
 def _fetch_all(jars: list[Jar], folder: Path, progress: bool) -> None:
     with (
         ThreadPoolExecutor(_AT_ONCE) as pool,
-        tqdm(total=len(jars), desc=f"Apache Kafka {KAFKA_VERSION}", unit=" jars", disable=not progress) as bar,
+        tqdm(
+            total=len(jars), desc=f"Apache Kafka {KAFKA_VERSION}", unit=" jars", disable=not progress
+        ) as bar,
     ):
         tasks = [pool.submit(_fetch, jar, folder) for jar in jars]
         try:

@@ -280,7 +280,9 @@ class Pipeline:
             return Schema.parse(pinned)
         if declared is not None:
             return declared
-        raise ConfigError(f"The schema of {topic!r} is inferred by the first run.", hint="kf.peek() shows it.")
+        raise ConfigError(
+            f"The schema of {topic!r} is inferred by the first run.", hint="kf.peek() shows it."
+        )
 
     # ---- running ------------------------------------------------------------------------------------
 
@@ -496,6 +498,7 @@ class Pipeline:
         return KafkaSource(
             self._settings,
             group_id=f"kframe.{self.name}",
+            rows_max=self._options.batch_rows_max,
             queue_bytes=self._options.batch_bytes_max,
             headers=[t.name for t in self._definition.topics.values() if "headers" in t.include],
         )
@@ -534,7 +537,8 @@ def _options(given: Mapping[str, Any], kafka_config: Mapping[str, Any] | None) -
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
-                f"Pipeline() has no option {name!r}.", hint=f"Did you mean {near[0]}?" if near else ", ".join(known)
+                f"Pipeline() has no option {name!r}.",
+                hint=f"Did you mean {near[0]}?" if near else ", ".join(known),
             )
     return options_of(given, kafka_config)
 
@@ -547,4 +551,8 @@ def _fixed_schema(format: str) -> Schema | None:
 def _as_records(dead: pa.Table) -> pa.Table:
     """Dead letters as the records they were; headers are not kept."""
     names = [n for n in RECORDS.names if n != "headers"]
-    return dead.select(names).append_column("headers", pa.nulls(len(dead), RECORDS.field("headers").type)).cast(RECORDS)
+    return (
+        dead.select(names)
+        .append_column("headers", pa.nulls(len(dead), RECORDS.field("headers").type))
+        .cast(RECORDS)
+    )

@@ -285,7 +285,9 @@ class Run:
         pinned = known.get(topic.name, (None, None))[1]
         if topic.schema is not None:
             if topic.on_new_field == "add" and pinned is not None:
-                return topic.schema.with_fields({k: v for k, v in pinned.items() if k not in topic.schema.to_dict()})
+                return topic.schema.with_fields(
+                    {k: v for k, v in pinned.items() if k not in topic.schema.to_dict()}
+                )
             return topic.schema
         if pinned is not None:
             return Schema.parse(pinned)

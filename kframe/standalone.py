@@ -52,7 +52,12 @@ class Peek:
 
 
 def peek(
-    topic: str, *, brokers: str, n: int = 5, format: str = "json", kafka_config: Mapping[str, Any] | None = None
+    topic: str,
+    *,
+    brokers: str,
+    n: int = 5,
+    format: str = "json",
+    kafka_config: Mapping[str, Any] | None = None,
 ) -> Peek:
     """Look at a topic's first records.
 
@@ -125,7 +130,9 @@ def read(
     decoder = Decoder(topic, _schema(source, topic, schema, format), format=format, include=tuple(include))
     frames, dead = [decoder.empty()], []
     total = sum(stops[tp] - p.offset for tp, p in positions.items())
-    with tqdm(total=total, desc=topic, unit=" records", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=total, desc=topic, unit=" records", unit_scale=True, disable=None if progress else True
+    ) as bar:
         for fetched in batches_between(source, positions, stops) if positions else ():
             if topic in fetched.records:
                 decoded = decoder.decode(fetched.records[topic])
@@ -171,7 +178,9 @@ def write(
         A record was refused. Without `transactional`, records before it may be in the topic.
     """
     if key is not None and key not in frame.columns:
-        raise ConfigError(f"write(key={key!r}): the frame has no such column.", hint=f"It has: {', '.join(frame.columns)}")
+        raise ConfigError(
+            f"write(key={key!r}): the frame has no such column.", hint=f"It has: {', '.join(frame.columns)}"
+        )
     settings = Settings(brokers, kafka_config)
     own = {"transactional_id": f"kframe-write-{uuid.uuid4()}"} if transactional else {}
     producer = ck.Producer(settings.producer(**own))
@@ -180,7 +189,9 @@ def write(
         producer.init_transactions(_TIMEOUT_S)
         producer.begin_transaction()
     try:
-        with tqdm(total=len(frame), desc=topic, unit=" records", unit_scale=True, disable=None if progress else True) as bar:
+        with tqdm(
+            total=len(frame), desc=topic, unit=" records", unit_scale=True, disable=None if progress else True
+        ) as bar:
             for first in range(0, len(frame), _PRODUCE_ROWS):
                 part = frame.iloc[first : first + _PRODUCE_ROWS]
                 _produce(producer, topic, part, key, refused)
@@ -226,7 +237,5 @@ def _schema(source: KafkaSource, topic: str, given: Mapping[str, str] | None, fo
     return infer_schema(first_values(source, topic, source.describe([topic])[topic]), format)
 
 
-def _source(
-    brokers: str, kafka_config: Mapping[str, Any] | None, headers: Sequence[str] = ()
-) -> KafkaSource:
+def _source(brokers: str, kafka_config: Mapping[str, Any] | None, headers: Sequence[str] = ()) -> KafkaSource:
     return KafkaSource(Settings(brokers, kafka_config), group_id="kframe.reader", headers=headers)

@@ -14,7 +14,12 @@ from kframe.run import Run
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
 
-_SIDES = {"fetch": "Kafka (fetch)", "decode": "decoding", "steps": "your functions", "commit": "DuckDB (commit)"}
+_SIDES = {
+    "fetch": "Kafka (fetch)",
+    "decode": "decoding",
+    "steps": "your functions",
+    "write": "DuckDB (write)",
+}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ class Worker:
         frames = {topic: d.frame for topic, d in decoded.items()}
         with timings.stage("steps"):
             results = {
-                step.name: run_step(step, self.con, complete(step, frames, self._decoders), {}, fetched.ranges)
+                step.name: run_step(
+                    step, self.con, complete(step, frames, self._decoders), {}, fetched.ranges
+                )
                 for step in self.steps
                 if not step.tables and touched(step, frames)
             }
@@ -108,9 +110,7 @@ def complete(
     return {t: complete_frame(t, frames, decoders) for t in step.topics}
 
 
-def complete_frame(
-    topic: str, frames: Mapping[str, pa.Table], decoders: Mapping[str, Decoder]
-) -> pa.Table:
+def complete_frame(topic: str, frames: Mapping[str, pa.Table], decoders: Mapping[str, Decoder]) -> pa.Table:
     """A topic's rows in this batch, maybe none."""
     return frames[topic] if topic in frames else decoders[topic].empty()
 

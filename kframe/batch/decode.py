@@ -75,7 +75,9 @@ class Decoder:
     @property
     def visible(self) -> list[str]:
         """The columns that users get to see: the schema's, and those they asked for."""
-        return [f.name for f in self.schema] + [f"_{name}" for name in INCLUDE if name in self._options["include"]]
+        return [f.name for f in self.schema] + [
+            f"_{name}" for name in INCLUDE if name in self._options["include"]
+        ]
 
     def with_fields(self, new: Mapping[str, str]) -> Decoder:
         """A decoder for the same topic with more columns."""
@@ -132,16 +134,23 @@ class Decoder:
         large = pc.greater(sizes, most)
         if pc.any(large).as_py():
             found = records.filter(large)
-            told = [f"value of {n:,} bytes is over record_bytes_max={most:,}" for n in sizes.filter(large).to_pylist()]
+            told = [
+                f"value of {n:,} bytes is over record_bytes_max={most:,}"
+                for n in sizes.filter(large).to_pylist()
+            ]
             nothing = pa.nulls(found.num_rows, pa.binary())
-            dead.append(self._dead(found.set_column(found.column_names.index("value"), "value", nothing), told))
+            dead.append(
+                self._dead(found.set_column(found.column_names.index("value"), "value", nothing), told)
+            )
             records = records.filter(pc.invert(large))
         return records
 
     def _dead(self, records: pa.Table, errors: list[str]) -> pa.Table:
         columns = {name: records[name] for name in ("partition", "offset", "timestamp", "key", "value")}
         topic = pa.array([self.topic] * records.num_rows, pa.string())
-        return pa.table({"topic": topic, **columns, "error": pa.array(errors, pa.string())}, schema=DEAD_LETTERS)
+        return pa.table(
+            {"topic": topic, **columns, "error": pa.array(errors, pa.string())}, schema=DEAD_LETTERS
+        )
 
     def _beside(self, rows: pa.Table, records: pa.Table) -> pa.Table:
         """The rows with the provenance and included columns of their records."""
@@ -212,11 +221,17 @@ def _json(schema: Schema, con: duckdb.DuckDBPyConnection, _delimiter: str) -> Va
 
 
 def _text(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
-    return _of_texts(lambda texts: (pa.Table.from_arrays([texts], schema=schema.arrow), np.ones(len(texts), bool), {}))
+    return _of_texts(
+        lambda texts: (pa.Table.from_arrays([texts], schema=schema.arrow), np.ones(len(texts), bool), {})
+    )
 
 
 def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
-    return lambda values: (pa.Table.from_arrays([values], schema=schema.arrow), np.ones(len(values), bool), {})
+    return lambda values: (
+        pa.Table.from_arrays([values], schema=schema.arrow),
+        np.ones(len(values), bool),
+        {},
+    )
 
 
 def _csv(schema: Schema, _con: duckdb.DuckDBPyConnection, delimiter: str) -> Values:
@@ -269,7 +284,8 @@ def _check_options(topic: str, format: str, include: Sequence[str], on_new_field
     ):
         if value not in known:
             raise DefinitionError(
-                f"topic({topic!r}, {what}=...): there is no {value!r}.", hint=f"Choose from {', '.join(known)}."
+                f"topic({topic!r}, {what}=...): there is no {value!r}.",
+                hint=f"Choose from {', '.join(known)}.",
             )
     if on_new_field == "add" and format != "json":
         raise DefinitionError(f"topic({topic!r}): on_new_field='add' needs format='json'.")
@@ -278,7 +294,11 @@ def _check_options(topic: str, format: str, include: Sequence[str], on_new_field
 def private_connection() -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB that sees no file and no Python variable."""
     con = duckdb.connect(":memory:")
-    for setting in ("TimeZone = 'UTC'", "python_enable_replacements = false", "enable_external_access = false"):
+    for setting in (
+        "TimeZone = 'UTC'",
+        "python_enable_replacements = false",
+        "enable_external_access = false",
+    ):
         con.execute(f"SET {setting}")
     return con
 

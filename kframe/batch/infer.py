@@ -38,7 +38,9 @@ def infer_schema(values: Sequence[bytes], format: str = "json") -> Schema:
     if format in ("text", "bytes"):
         return Schema.parse({"value": "str" if format == "text" else "bytes"})
     if format != "json":
-        raise ConfigError(f"A schema cannot be inferred from {format}.", hint='topic(schema={"column": "type"})')
+        raise ConfigError(
+            f"A schema cannot be inferred from {format}.", hint='topic(schema={"column": "type"})'
+        )
     fields: dict[str, list[Any]] = {}
     for document in filter(None, map(_object, values)):
         for name, given in document.items():
@@ -102,6 +104,10 @@ def _text(texts: list[str]) -> str:
 
 def _struct(objects: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for x in objects for name in x))
-    if not names or any(not re.fullmatch(r"\w+", n) for n in names) or len({n.lower() for n in names}) < len(names):
+    if (
+        not names
+        or any(not re.fullmatch(r"\w+", n) for n in names)
+        or len({n.lower() for n in names}) < len(names)
+    ):
         return "json"
     return "struct<" + ", ".join(f"{n}: {_type([x.get(n) for x in objects])}" for n in names) + ">"

@@ -35,10 +35,26 @@ _ACCEPTED = {
     "decimal": _NUMBERS | _TEXT,
     "date": _TEXT,
     "timestamp": _TEXT,
+    "json": frozenset({"OBJECT", "ARRAY", "BOOLEAN"}) | _NUMBERS | _TEXT,
+    "list": frozenset({"ARRAY"}),
+    "struct": frozenset({"OBJECT"}),
 }
 """The kinds that can be parsed in bulk, and the JSON types from which."""
 
-_LONG_NUMERAL = "[0-9.]{17}"  # more digits than a double keeps: only the strict path can tell
+_INSIDE = {"int64": _INTEGERS | {"NULL"}, "float64": _NUMBERS | {"HUGEINT", "NULL"}, "str": _TEXT | {"NULL"}}
+_INSIDE["bool"] = frozenset({"BOOLEAN", "NULL"})
+"""The types inside lists and structs that can be parsed in bulk, and the JSON types from which."""
+
+_LONG_WHOLE = "[0-9]{19}"  # may not fit into an int64
+_LONG_NUMERAL = "|".join(  # more digits than a double keeps
+    [
+        r"[0-9]{16}[.eE]",
+        "-[0-9]{19}",
+        "[0-9]{20}",
+        *(rf"[0-9]{{{n}}}\.[0-9]{{{16 - n}}}" for n in range(1, 16)),
+    ]
+)
+_NOT_FINITE = f"(?i)nan|inf|e[+]?[0-9]{{3}}|{_LONG_WHOLE}"  # what could have been read as infinity
 _DATE = r"[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
 _CLOCK = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d"
 _FRACTION = {"s": "", "ms": r"(\.\d{1,3}0{0,3})?", "us": r"(\.\d{1,6})?"}
@@ -70,10 +86,10 @@ class JsonColumns:
     def __init__(self, schema: Schema, con: duckdb.DuckDBPyConnection) -> None:
         self.schema = schema
         self._con = con
-        self._in_bulk = all(f.type.kind in _ACCEPTED and f.type.text != "float32" for f in schema)
-        paths = ", ".join(_literal(p) for p in ("$", *(_path(f.name) for f in schema)))
-        self._signature = f"CASE WHEN json_valid(t) THEN json_type(t, [{paths}]) END"
-        self._has_decimals = any(f.type.kind == "decimal" for f in schema)
+        self._in_bulk = all(_parses_in_bulk(f.type) for f in schema)
+        self._nested = [f for f in schema if f.type.members]
+        self._signature = _signature_sql(schema)
+        self._doubt = _doubt_sql(schema)
 
     def decode(self, texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
         """Decode one text a row.
@@ -105,50 +121,70 @@ class JsonColumns:
 
     def _candidates(self, texts: pa.ChunkedArray) -> tuple[Any, _Group]:
         """Rows whose JSON types fit the schema, and what is common to them."""
-        if not self._in_bulk:
+        if not self._in_bulk or not len(texts):
             return np.zeros(len(texts), bool), _Group({}, frozenset())
-        counts = self._signatures(texts)
+        doubt = self._doubt if _longest(texts) <= strict.DEPTH_MAX else f"({self._doubt} OR {_DEEP})"
+        counts = self._signatures(texts, doubt)
         epochs = self._written_as_integers(counts)
-        good = [s for s in counts if s is not None and self._fits(s, epochs)]
-        bulk = np.ones(len(texts), bool)
-        if len(good) < len(counts):
-            query = f"SELECT coalesce(list_contains($good, {self._signature}), false) FROM texts"
-            bulk = _bools(self._sql(query, texts, {"good": [list(s) for s in good]})[0]) if good else ~bulk
-        if self._has_decimals:
-            bulk &= ~_bools(self._sql(f"SELECT regexp_matches(t, '{_LONG_NUMERAL}') FROM texts", texts)[0])
-        if not bulk.all():
-            counts = self._signatures(_where(texts, bulk))
-        return bulk, _Group({s: n for s, n in counts.items() if s is not None}, epochs)
+        good = {s: n for (s, doubtful), n in counts.items() if s and not doubtful and self._fits(s, epochs)}
+        group = _Group(good, epochs)
+        if len(good) == len(counts):
+            return np.ones(len(texts), bool), group
+        if not good:
+            return np.zeros(len(texts), bool), group
+        return self._which(texts, doubt, group), group
 
-    def _signatures(self, texts: pa.ChunkedArray) -> dict[Signature | None, int]:
-        query = f"SELECT s, count(*) FROM (SELECT {self._signature} AS s FROM texts) GROUP BY s"
-        signatures, counts = self._sql(query, texts)
-        return {
-            None if s is None else tuple(s): n
-            for s, n in zip(signatures.to_pylist(), counts.to_pylist(), strict=True)
-        }
+    def _signatures(self, texts: pa.ChunkedArray, doubt: str) -> dict[tuple[Signature | None, bool], int]:
+        query = f"SELECT s, {doubt}, count(*) FROM (SELECT {self._signature} AS s, t FROM texts) GROUP BY ALL"
+        rows = zip(*(column.to_pylist() for column in self._sql(query, texts)), strict=True)
+        return {(tuple(s) if s else None, bool(doubtful)): n for s, doubtful, n in rows}
 
-    def _written_as_integers(self, counts: Mapping[Signature | None, int]) -> frozenset[str]:
+    def _which(self, texts: pa.ChunkedArray, doubt: str, group: _Group) -> Any:
+        """The rows of a group. Position by position: there may be many signatures, of few types each."""
+        seen = [set(types) for types in zip(*group.counts, strict=True)]
+        parameters = {f"p{i}": sorted(t for t in types if t is not None) for i, types in enumerate(seen)}
+        wanted = [
+            f"({f's[{i + 1}] IS NULL OR ' if None in types else ''}coalesce(list_contains($p{i}, s[{i + 1}]), false))"
+            for i, types in enumerate(seen)
+        ]
+        query = (
+            f"SELECT coalesce(NOT {doubt} AND {' AND '.join(wanted)}, false)"
+            f" FROM (SELECT {self._signature} AS s, t FROM texts)"
+        )
+        return _bools(self._sql(query, texts, parameters)[0])
+
+    def _written_as_integers(self, counts: Mapping[tuple[Signature | None, bool], int]) -> frozenset[str]:
         """Time columns that most of these records write as integers."""
         found = set()
         for i, f in enumerate(self.schema, start=1):
             if f.type.kind == "timestamp":
-                integers = sum(n for s, n in counts.items() if s and s[i] in _INTEGERS)
-                if integers > sum(n for s, n in counts.items() if s and s[i] in _TEXT):
+                integers = sum(n for (s, _), n in counts.items() if s and s[i] in _INTEGERS)
+                if integers > sum(n for (s, _), n in counts.items() if s and s[i] in _TEXT):
                     found.add(f.name)
         return frozenset(found)
 
     def _fits(self, signature: Signature, epochs: frozenset[str]) -> bool:
-        root, *types = signature
-        return root == "OBJECT" and all(
-            not f.required if t in _ABSENT else t in (_INTEGERS if f.name in epochs else _ACCEPTED[f.type.kind])
-            for f, t in zip(self.schema, types, strict=True)
+        n = len(self.schema.fields) + 1
+        return (
+            signature[0] == "OBJECT"
+            and all(
+                not f.required
+                if t in _ABSENT
+                else t in (_INTEGERS if f.name in epochs else _ACCEPTED[f.type.kind])
+                for f, t in zip(self.schema, signature[1:n], strict=True)
+            )
+            and all(
+                t is None or _fits_inside(f.type, json.loads(t))
+                for f, t in zip(self._nested, signature[n:], strict=True)
+            )
         )
 
     def _parse(self, texts: pa.ChunkedArray, group: _Group) -> pa.Table:
         """Parse every text once, then convert the columns that DuckDB would coerce or round."""
-        structure = json.dumps({f.name: _parsed_as(f, group) for f in self.schema})
-        parsed = self._sql(f"SELECT unnest(from_json(t, {_literal(structure)})) FROM texts", texts)
+        structure = {f.name: "BIGINT" if f.name in group.epochs else _parsed_as(f.type) for f in self.schema}
+        parsed = self._sql(
+            f"SELECT unnest(from_json(t, {_literal(json.dumps(structure))})) FROM texts", texts
+        )
         columns = [self._converted(f, c, group) for f, c in zip(self.schema, parsed, strict=True)]
         nullable = pa.schema([pa.field(f.name, f.type.arrow) for f in self.schema])
         return pa.Table.from_arrays(columns, schema=nullable)
@@ -167,28 +203,31 @@ class JsonColumns:
         """Rows of `table` whose every value came through; as many values as the signatures promise."""
         fits = np.ones(table.num_rows, bool)
         for i, (f, column) in enumerate(zip(self.schema, table, strict=True)):
-            if f.type.kind == "float" and not pc.all(finite := pc.fill_null(pc.is_finite(column), True)).as_py():
-                fits &= _bools(finite)
+            if any(not pc.all(pc.is_finite(x)).as_py() for x in _floats(column)):
+                query = f"SELECT NOT regexp_matches(t, {_literal(_NOT_FINITE)}) FROM texts"
+                fits &= _bools(
+                    pc.fill_null(pc.is_finite(column), True)
+                    if not f.type.members
+                    else self._sql(query, texts)[0]
+                )
             if table.num_rows - column.null_count != group.present(i):
-                query = f"SELECT coalesce(json_type(t, {_literal(_path(f.name))}), 'NULL') <> 'NULL' FROM texts"
+                query = f"SELECT coalesce(json_type(t, {_path(f.name)}), 'NULL') <> 'NULL' FROM texts"
                 present = _bools(self._sql(query, texts)[0])
                 fits &= ~(present & _bools(column.is_null()))
         return fits
 
     # ---- record by record ---------------------------------------------------------------------------
 
-    def _with_strict(self, texts: pa.ChunkedArray, table: pa.Table, bulk: Any) -> tuple[pa.Table, Any, dict[int, str]]:
+    def _with_strict(
+        self, texts: pa.ChunkedArray, table: pa.Table, bulk: Any
+    ) -> tuple[pa.Table, Any, dict[int, str]]:
         """Decide the rows outside of `bulk` one by one, and put those that fit in their places."""
         rest = np.flatnonzero(~bulk)
         left = texts.take(pa.array(rest))
-        valid, compact = self._sql(
-            "SELECT json_valid(t), CASE WHEN json_valid(t) THEN json(t)::VARCHAR END FROM texts", left
-        )
         rows, good, errors = [], bulk.copy(), {}
-        documents = zip(rest.tolist(), left.to_pylist(), valid.to_pylist(), compact.to_pylist(), strict=True)
-        for i, text, is_valid, short in documents:
+        for i, text, parts in zip(rest.tolist(), left.to_pylist(), self._json_parts(left), strict=True):
             try:
-                rows.append(strict.row(self.schema, _document(text, is_valid, short)))
+                rows.append(strict.row(self.schema, _document(text, parts)) | (parts or {}))
                 good[i] = True
             except strict.Misfit as error:
                 errors[i] = str(error)
@@ -199,6 +238,17 @@ class JsonColumns:
         merged = pa.concat_tables([table, strict.to_arrow(rows, self.schema).cast(table.schema)])
         order = np.concatenate([np.flatnonzero(bulk), np.flatnonzero(good & ~bulk)]).argsort()
         return merged.take(pa.array(order)), good, errors
+
+    def _json_parts(self, texts: pa.ChunkedArray) -> list[dict[str, str | None] | None]:
+        """Each text's ``json`` columns as the bulk path would give them; None: not valid JSON."""
+        names = [f.name for f in self.schema if f.type.kind == "json"]
+        parts = "".join(f", nullif(json_extract(t, {_path(n)})::VARCHAR, 'null')" for n in names)
+        query = f"SELECT j IS NOT NULL{parts} FROM (SELECT CASE WHEN json_valid(t) THEN t END AS j, j AS t FROM texts)"
+        valid, *columns = (column.to_pylist() for column in self._sql(query, texts))
+        rows = zip(*columns, strict=True) if columns else ((),) * len(texts)
+        return [
+            dict(zip(names, row, strict=True)) if ok else None for ok, row in zip(valid, rows, strict=True)
+        ]
 
     def _sql(
         self, query: str, texts: pa.ChunkedArray, parameters: Mapping[str, object] | None = None
@@ -219,13 +269,15 @@ def unknown_fields(con: duckdb.DuckDBPyConnection, schema: Schema, texts: pa.Chu
     con.register("texts", pa.table({"t": texts}))
     try:
         objects = "FROM texts WHERE CASE WHEN json_valid(t) THEN json_type(t) END = 'OBJECT'"
-        names = con.execute(f"SELECT DISTINCT unnest(json_keys(t)) AS name {objects} ORDER BY name").fetchall()
+        names = con.execute(
+            f"SELECT DISTINCT unnest(json_keys(t)) AS name {objects} ORDER BY name"
+        ).fetchall()
         known = {f.name.lower() for f in schema}
         found = {}
         for (name,) in names:
             if not name or name.lower() in known or name.startswith("_"):
                 continue
-            rows = con.execute(f"SELECT DISTINCT json_type(t, {_literal(_path(name))}) {objects}").fetchall()
+            rows = con.execute(f"SELECT DISTINCT json_type(t, {_path(name)}) {objects}").fetchall()
             types = frozenset(t for (t,) in rows) - _ABSENT
             if types:
                 found[name] = _inferred(types)
@@ -245,11 +297,72 @@ def _inferred(types: frozenset[str | None]) -> str:
     return "bool" if types <= _ACCEPTED["bool"] else "json"
 
 
-def _parsed_as(field: Field, group: _Group) -> str:
+def _signature_sql(schema: Schema) -> str:
+    """SQL for a record's `Signature`; NULL when it is not JSON. Lists and structs add their inner types."""
+    types = f"json_type(t, ['$', {', '.join(_path(f.name) for f in schema)}])"
+    inner = ", ".join(
+        f"json_structure(json_extract(t, {_path(f.name)}))::VARCHAR" for f in schema if f.type.members
+    )
+    return f"CASE WHEN json_valid(t) THEN {f'list_concat({types}, [{inner}])' if inner else types} END"
+
+
+def _doubt_sql(schema: Schema) -> str:
+    """SQL, over ``s`` and ``t``, for whether a record holds a numeral that parsing might change unnoticed."""
+    decimals = [f"s[{i}] = 'DOUBLE'" for i, f in enumerate(schema, start=2) if f.type.kind == "decimal"]
+    doubts = []
+    if decimals:
+        doubts.append(f"WHEN {' OR '.join(decimals)} THEN regexp_matches(t, {_literal(_LONG_NUMERAL)})")
+    if any("int64" in f.type.text for f in schema if f.type.members):
+        doubts.insert(0, f"WHEN regexp_matches(t, '{_LONG_WHOLE}') THEN true")
+    return f"(CASE {' '.join(doubts)} ELSE false END)" if doubts else "false"
+
+
+_DEEP = f"(length(t) - length(replace(replace(t, '[', ''), '{{', '')) > {strict.DEPTH_MAX})"
+
+
+def _longest(texts: pa.ChunkedArray) -> int:
+    return pc.max(pc.binary_length(texts)).as_py() or 0
+
+
+def _parses_in_bulk(type_: Type, inside: bool = False) -> bool:
+    if type_.members:
+        return all(_parses_in_bulk(t, True) for _, t in type_.members)
+    return type_.text in _INSIDE if inside else type_.kind in _ACCEPTED
+
+
+def _fits_inside(type_: Type, structure: Any) -> bool:
+    """Whether every value of a ``json_structure`` is one of the type."""
+    if structure == "NULL":
+        return True
+    if type_.kind == "list":
+        return isinstance(structure, list) and _fits_inside(type_.members[0][1], structure[0])
+    if type_.kind == "struct":
+        return isinstance(structure, dict) and all(
+            _fits_inside(t, structure.get(name, "NULL")) for name, t in type_.members
+        )
+    return isinstance(structure, str) and structure in _INSIDE[type_.text]
+
+
+def _floats(column: pa.ChunkedArray) -> list[pa.ChunkedArray]:
+    """The floats of a column, also those inside of lists and structs."""
+    if pa.types.is_floating(column.type):
+        return [column]
+    if pa.types.is_list(column.type):
+        return _floats(pc.list_flatten(column))
+    if pa.types.is_struct(column.type):
+        return [x for i in range(column.type.num_fields) for x in _floats(pc.struct_field(column, [i]))]
+    return []
+
+
+def _parsed_as(type_: Type) -> Any:
     """The type DuckDB parses a field into; what needs a closer look stays text."""
-    if field.name in group.epochs:
-        return "BIGINT"
-    return "VARCHAR" if _conversion(field.type) is not None else field.type.duckdb
+    if type_.kind == "list":
+        return [_parsed_as(type_.members[0][1])]
+    if type_.kind == "struct":
+        return {name: _parsed_as(t) for name, t in type_.members}
+    if type_.kind == "float":
+        return "DOUBLE"
+    return "VARCHAR" if _conversion(type_) is not None else type_.duckdb
 
 
 def _conversion(type_: Type) -> str | None:
@@ -278,18 +391,14 @@ def _storable(counts: pa.ChunkedArray, type_: Type) -> pa.ChunkedArray:
     return pc.if_else(inside, counts, pa.scalar(None, pa.int64()))
 
 
-def _document(text: str, valid: bool, compact: str | None) -> object:
+def _document(text: str, parts: object) -> object:
     """The parsed text; DuckDB's parser says what is valid, so that both paths agree on syntax."""
-    if not valid:
+    if parts is None:
         raise strict.Misfit(f"not valid JSON: {text[:80]!r}" if text else "not valid JSON: an empty value")
-    for candidate in (text, compact or ""):
-        try:
-            return strict.load(candidate)
-        except ValueError:
-            continue
-        except RecursionError:
-            break
-    raise strict.Misfit("not valid JSON: nested too deeply")
+    try:
+        return strict.load(text)
+    except (ValueError, RecursionError) as error:
+        raise strict.Misfit(f"not valid JSON: {error}") from None
 
 
 def _where(texts: pa.ChunkedArray, mask: Any) -> pa.ChunkedArray:
@@ -301,8 +410,8 @@ def _bools(column: pa.ChunkedArray) -> Any:
 
 
 def _path(name: str) -> str:
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'$."{escaped}"'
+    """SQL for the JSON pointer to a top-level field; unlike a path, it takes ``*`` for a name."""
+    return _literal("/" + name.replace("~", "~0").replace("/", "~1"))
 
 
 def _literal(text: str) -> str:

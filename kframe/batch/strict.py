@@ -1,6 +1,6 @@
 """One record's values against the schema, in Python: what fits, and what exactly does not.
 
-This is the meaning of every type. The bulk path in `kframe.batch.json` takes only records for which it can
+This is the meaning of every type. The bulk path in `kframe.batch.json_columns` takes only records for which it can
 show that this module would give the same.
 """
 
@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import math
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +19,18 @@ import pyarrow as pa
 from kframe.schema import Schema, Type
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
-_FRACTION = re.compile(r"[.,](\d+)")
+_MOMENT = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:[.,](\d+))?(Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?",
+    re.ASCII,
+)
+_OUTSIDE_TEXT = re.compile(
+    r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])|(-?\b(?:nan|inf(?:inity)?)\b)', re.ASCII | re.IGNORECASE
+)
+_EXACT = Context(prec=100)
+_FLOAT32_MAX = 3.4028235677973366e38  # from here on, rounding gives infinity
+DEPTH_MAX = 500
+"""Brackets inside each other; a record of more is a dead letter."""
+
 _NUMERAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _INT64 = (-(2**63), 2**63 - 1)
@@ -43,7 +54,41 @@ class Constant(str):
 
 
 def load(text: str) -> Any:
-    """Parse JSON without losing a digit: numbers stay text, and the first of repeated keys wins."""
+    """Parse JSON without losing a digit: numbers stay text, and the first of repeated keys wins.
+
+    Reads what the bulk path's parser reads: trailing commas, ``NaN`` and ``Infinity`` too.
+
+    Raises
+    ------
+    ValueError
+        The text is not JSON.
+    Misfit
+        It is nested deeper than `DEPTH_MAX`.
+    """
+    if text.count("[") + text.count("{") > DEPTH_MAX:
+        _check_depth(text)
+    try:
+        return _load(text)
+    except ValueError:
+        return _load(_OUTSIDE_TEXT.sub(_standard, text))
+
+
+def _standard(match: re.Match[str]) -> str:
+    """What stands for a piece of lenient JSON in standard JSON; Python reads ``NaN`` by itself."""
+    if match[1] is not None:
+        return match[1]
+    return "NaN" if match[2] else ""
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > DEPTH_MAX:
+            raise Misfit(f"nested deeper than {DEPTH_MAX} levels")
+
+
+def _load(text: str) -> Any:
     return json.loads(
         text,
         strict=False,
@@ -81,7 +126,12 @@ def cell(type_: Type, text: str) -> Any:
         return value(type_, {"true": True, "false": False}.get(text.lower(), text))
     if type_.kind == "timestamp" and _INTEGER.fullmatch(text):
         return value(type_, Number(text))
-    return text if type_.kind == "json" else value(type_, text)
+    if type_.kind == "json":
+        try:
+            return _dump(load(text))
+        except ValueError:
+            raise _expected(type_, text) from None
+    return value(type_, text)
 
 
 def value(type_: Type, given: Any) -> Any:
@@ -119,9 +169,14 @@ def _integer(type_: Type, given: Any) -> int:
 
 
 def _float(type_: Type, given: Any) -> float:
-    if not isinstance(given, Number) or not math.isfinite(float(given)):
+    if not isinstance(given, Number):
         raise _expected(type_, given)
-    return float(given)
+    number = float(given)
+    if given == "-0":  # a whole number, and those have one zero
+        number = 0.0
+    if not math.isfinite(number) or (type_.text == "float32" and abs(number) >= _FLOAT32_MAX):
+        raise Misfit(f"{_show(given)} is out of range for {type_}")
+    return number
 
 
 def _text(type_: Type, given: Any) -> str:
@@ -141,7 +196,7 @@ def _decimal(type_: Type, given: Any) -> Decimal:
         raise _expected(type_, given)
     try:
         number = Decimal(given)
-        exact = number.quantize(Decimal(1).scaleb(-type_.arrow.scale))
+        exact = number.quantize(Decimal(1).scaleb(-type_.arrow.scale), context=_EXACT)
     except InvalidOperation:
         raise Misfit(f"{_show(given)} is out of range for {type_}") from None
     if exact != number:
@@ -159,25 +214,25 @@ def _timestamp(type_: Type, given: Any) -> int:
         if not _INT64[0] <= count * (1_000_000 // _PER_SECOND[unit]) <= _INT64[1]:
             raise Misfit(f"{given} is out of range for {type_}")
         return count
-    moment = _moment(type_, given)
-    fraction = _FRACTION.search(given)
-    digits = fraction[1].rstrip("0") if fraction else ""
-    if 10 ** len(digits) > _PER_SECOND[unit]:
+    match = _MOMENT.fullmatch(_text(type_, given))
+    if match is None:
+        raise _expected(type_, given)
+    digits = (match[3] or "").rstrip("0")
+    if 10 ** min(len(digits), 7) > _PER_SECOND[unit]:
         raise Misfit(f"{_show(given)} would have to be rounded for {type_}")
-    return (moment - _EPOCH) // dt.timedelta(microseconds=1_000_000 // _PER_SECOND[unit])
+    seconds = (_moment(type_, given, match) - _EPOCH) // dt.timedelta(seconds=1)
+    return seconds * _PER_SECOND[unit] + int(digits or 0) * _PER_SECOND[unit] // 10 ** len(digits)
 
 
-def _moment(type_: Type, given: Any) -> dt.datetime:
-    text = _text(type_, given)
+def _moment(type_: Type, given: str, match: re.Match[str]) -> dt.datetime:
+    """The whole second."""
+    day, clock, _, offset = match.groups()
+    if offset and type_.arrow.tz is None:
+        raise Misfit(f"{_show(given)} has an offset, {type_} has no zone")
     try:
-        moment = dt.datetime.fromisoformat(text)
+        return dt.datetime.fromisoformat(f"{day}T{clock}{offset or 'Z'}")
     except ValueError:
         raise _expected(type_, given) from None
-    if moment.tzinfo is None:
-        return moment.replace(tzinfo=dt.UTC)
-    if type_.arrow.tz is None:
-        raise Misfit(f"{_show(given)} has an offset, {type_} has no zone")
-    return moment
 
 
 def _date(type_: Type, given: Any) -> dt.date:

@@ -125,7 +125,9 @@ class MemorySource:
         topics = list(topics)
         for topic in topics:
             if topic not in self._logs:
-                raise ConfigError(f"Topic {topic!r} does not exist.", hint="MemorySource.create(topic) first.")
+                raise ConfigError(
+                    f"Topic {topic!r} does not exist.", hint="MemorySource.create(topic) first."
+                )
         return {t: TopicInfo(self._ids[t], len(self._logs[t])) for t in topics}
 
     def offsets(self, partitions: Iterable[TopicPartition], at: Start) -> dict[TopicPartition, int]:

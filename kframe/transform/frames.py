@@ -37,8 +37,10 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
         ``datetime64``; decimals, dates, bytes, lists and structs keep their Arrow types, so that sums of
         money stay exact.
     """
-    return table.to_pandas(types_mapper=_types_of(table.schema)) if _one_dtype_per_type(table.schema) else (
-        pd.concat([_column(table, i) for i in range(table.num_columns)], axis=1)
+    return (
+        table.to_pandas(types_mapper=_types_of(table.schema))
+        if _one_dtype_per_type(table.schema)
+        else (pd.concat([_column(table, i) for i in range(table.num_columns)], axis=1))
     )
 
 

@@ -65,14 +65,14 @@ def _committed(cur: duckdb.DuckDBPyConnection, table: str) -> str:
     return f"SELECT * FROM main.{_quote(table)}" if found else ""
 
 
-def _overlaid(
-    cur: duckdb.DuckDBPyConnection, names: ExitStack, query: str, change: Change, name: str
-) -> str:
+def _overlaid(cur: duckdb.DuckDBPyConnection, names: ExitStack, query: str, change: Change, name: str) -> str:
     _register(cur, names, name, change.rows)
     if not query:
         return f"SELECT * FROM {name}"
     if change.key:
-        query = f"SELECT * FROM ({query}) AS old WHERE NOT EXISTS (FROM {name} AS new WHERE {_same(change.key)})"
+        query = (
+            f"SELECT * FROM ({query}) AS old WHERE NOT EXISTS (FROM {name} AS new WHERE {_same(change.key)})"
+        )
         if change.deletes is not None:
             _register(cur, names, name + "_gone", change.deletes)
             query = (

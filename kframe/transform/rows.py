@@ -94,7 +94,9 @@ class RowStep:
 
     def combine(self, con: Any, partials: Sequence[pa.Table]) -> pa.Table:
         """All rows; of those with the same key the last."""
-        rows = pa.concat_tables([p for p in partials if p.num_columns] or partials[:1], promote_options="default")
+        rows = pa.concat_tables(
+            [p for p in partials if p.num_columns] or partials[:1], promote_options="default"
+        )
         if len(partials) == 1 or not self.key:
             return rows
         return from_pandas(to_pandas(rows).drop_duplicates(list(self.key), keep="last"), self.name)
@@ -108,7 +110,9 @@ class RowStep:
         gone = pc.fill_null(rows[DELETED], False)
         rest = rows.drop_columns([DELETED])
         return [
-            Change(self.name, rest.filter(pc.invert(gone)), self.key, rest.filter(gone).select(list(self.key)))
+            Change(
+                self.name, rest.filter(pc.invert(gone)), self.key, rest.filter(gone).select(list(self.key))
+            )
         ]
 
     def _checked(self, result: pd.DataFrame) -> pa.Table:
@@ -145,7 +149,9 @@ def row_step(
         A parameter without a default names neither, or no topic is read.
     """
     parameters = [
-        p for p in inspect.signature(function).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if inputs is not None:
         arguments = dict(zip((p.name for p in parameters), inputs, strict=False))

@@ -1,0 +1,341 @@
+"""A Kafka consumer, the thread that drains it into columns, and a bounded queue to the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import confluent_kafka as ck
+import numpy as np
+import pyarrow as pa
+
+from kframe.errors import UnreadableRecord
+from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
+
+TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.KafkaError._TIMED_OUT}
+"""The codes of trouble that passes when a broker is back."""
+
+_CONSUME_ROWS = 500  # per call: longer lists of the client's records cost more in the garbage collector
+_CHUNK_ROWS = 5_000  # per conversion to Arrow
+_POLL_TIMEOUT_S = 0.25
+_LOST = (ck.KafkaError._AUTO_OFFSET_RESET, ck.KafkaError._LOG_TRUNCATION)
+
+
+class OffsetOutOfRange(Exception):
+    """The log does not have the next offset of a partition."""
+
+    def __init__(self, partition: TopicPartition) -> None:
+        super().__init__(str(partition))
+        self.partition = partition
+
+
+class Reader:
+    """Reads partitions from given positions until closed, or until every stop is reached.
+
+    Parameters
+    ----------
+    consumer : confluent_kafka.Consumer
+        The reader's own from now on.
+    positions, stops : mapping
+        Where to begin, and where to end (None: nowhere).
+    rows_max : int, records
+        Of one batch, so of one chunk.
+    queue_bytes : int, bytes
+        How much may wait; then the consumer's own queue fills, and fetching stops.
+    headers : frozenset of str
+        Topics whose headers are wanted.
+    alive : callable
+        Called when records have come.
+    """
+
+    def __init__(
+        self,
+        consumer: Any,
+        positions: Mapping[TopicPartition, Position],
+        stops: Mapping[TopicPartition, int] | None,
+        *,
+        rows_max: int,
+        queue_bytes: int,
+        headers: frozenset[str],
+        alive: Callable[[], None],
+    ) -> None:
+        self._consumer = consumer
+        self._stops = stops
+        self._consume_rows = min(_CONSUME_ROWS, rows_max)
+        self._chunk_rows = min(_CHUNK_ROWS, rows_max) - self._consume_rows
+        self._queue_bytes = queue_bytes
+        self._headers = headers
+        self._alive = alive
+        self._next = {tp: p.offset for tp, p in positions.items()}
+        self._open = {tp for tp in positions if stops is None or self._next[tp] < stops[tp]}
+        self._topics = {tp.topic for tp in self._open}
+        self._queue: deque[_Chunk] = deque()
+        self._queued_bytes = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._to_acknowledge: dict[TopicPartition, Position] = {}
+        consumer.assign([_assignment(tp, positions[tp]) for tp in self._open])
+        self._thread = threading.Thread(target=self._run, name="kframe-fetch", daemon=True)
+        self._thread.start()
+
+    def next_offset(self, tp: TopicPartition) -> int:
+        """The offset behind the last record of `tp` that was fetched."""
+        return self._next[tp]
+
+    def take(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
+        """What has been fetched, up to the limits; the ranges tile onto the plan's starts.
+
+        Raises what ended the fetching, once everything before it has been taken.
+        """
+        chunks: list[_Chunk] = []
+        rows = size = 0
+        deadline = time.monotonic() + limits.interval_s
+        while not stopped():
+            with self._changed:
+                while self._queue and _fits(rows, size, self._queue[0], limits):
+                    chunk = self._queue.popleft()
+                    chunks.append(chunk)
+                    rows, size = rows + chunk.rows, size + chunk.bytes
+                    self._queued_bytes -= chunk.bytes
+                self._changed.notify_all()
+                left = deadline - time.monotonic()
+                if self._queue or left <= 0 or not self._open:
+                    break
+                if self._failure is not None:
+                    if chunks:
+                        break
+                    raise self._failure
+                self._changed.wait(min(left, _POLL_TIMEOUT_S))
+        return _fetched(plan, chunks)
+
+    def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
+        """Have the fetching thread commit `positions` to the group; a call from here would wait for it."""
+        with self._changed:
+            self._to_acknowledge |= positions
+
+    def close(self) -> None:
+        """End the thread and the consumer."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._commit_group()
+        self._consumer.close()
+
+    # ---- the fetching thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        columns = _Columns(self._topics, self._headers)
+        try:
+            while self._open and self._has_room():
+                self._commit_group()
+                messages = self._consumer.consume(self._consume_rows, timeout=_POLL_TIMEOUT_S)
+                if messages:
+                    self._alive()
+                    columns.add(messages)
+                drained = len(messages) < self._consume_rows
+                if columns.rows > self._chunk_rows or (drained and columns.next):
+                    self._put(columns)
+                    columns = _Columns(self._topics, self._headers)
+        except BaseException as error:
+            self._put(columns)
+            with self._changed:
+                self._failure = error if not isinstance(error, _Broken) else self._explained(error)
+                self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        with self._changed:
+            while self._queued_bytes > self._queue_bytes and not self._closing:
+                self._changed.wait()
+            return not self._closing
+
+    def _commit_group(self) -> None:
+        with self._changed:
+            positions, self._to_acknowledge = self._to_acknowledge, {}
+        if positions:
+            offsets = [ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()]
+            with contextlib.suppress(ck.KafkaException, RuntimeError):
+                self._consumer.commit(offsets=offsets, asynchronous=True)
+
+    def _put(self, columns: _Columns) -> None:
+        """Queue the columns as a chunk, without what lies at or beyond the stops."""
+        chunk = columns.chunk(self._open, self._stops)
+        with self._changed:
+            self._queue.append(chunk)
+            self._queued_bytes += chunk.bytes
+            for tp, position in chunk.next.items():
+                self._next[tp] = position.offset
+                if self._stops is not None and position.offset >= self._stops[tp]:
+                    self._open.discard(tp)
+            self._changed.notify_all()
+
+    def _explained(self, broken: _Broken) -> Exception:
+        if broken.error.code() in _LOST:
+            return OffsetOutOfRange(broken.tp)
+        at = self._next.get(broken.tp, -1)
+        return UnreadableRecord(
+            f"{broken.tp} cannot be read at offset {at}: {broken.error.str()}",
+            kept=f"Everything before offset {at} is committed or will be read again; nothing was skipped.",
+            hint="If it is larger than the client takes, raise receive.message.max.bytes in kafka_config.",
+        )
+
+
+class _Broken(Exception):
+    """The client reports an error for a partition that does not pass."""
+
+    def __init__(self, tp: TopicPartition, error: Any) -> None:
+        super().__init__(str(tp))
+        self.tp = tp
+        self.error = error
+
+
+class _Chunk:
+    """Records by topic, and the positions behind them."""
+
+    __slots__ = ("bytes", "next", "records", "rows")
+
+    def __init__(self, records: dict[str, pa.RecordBatch], next_: dict[TopicPartition, Position]) -> None:
+        self.records = records
+        self.next = next_
+        self.rows = sum(batch.num_rows for batch in records.values())
+        self.bytes = sum(batch.nbytes for batch in records.values())
+
+
+class _Columns:
+    """The client's records, taken apart into lists as they come."""
+
+    def __init__(self, topics: set[str], headers: frozenset[str]) -> None:
+        self.rows = 0
+        self.next: dict[TopicPartition, Position] = {}
+        self._only_topic = next(iter(topics)) if len(topics) == 1 else None
+        self._headers = headers
+        self._lists: dict[str, tuple[list[Any], ...]] = {}
+
+    def add(self, messages: list[Any]) -> None:
+        """Take the records of one ``consume`` call, and the ends of partitions among them."""
+        if any([m.error() for m in messages]):  # noqa: C419 - a list is quicker than a generator
+            messages = self._without_errors(messages)
+        if self._only_topic is not None:
+            self._add(self._only_topic, messages)
+            return
+        by_topic: dict[str, list[Any]] = {}
+        for topic, message in zip([m.topic() for m in messages], messages, strict=True):
+            by_topic.setdefault(topic, []).append(message)
+        for topic, of_topic in by_topic.items():
+            self._add(topic, of_topic)
+
+    def _add(self, topic: str, messages: list[Any]) -> None:
+        if not messages:
+            return
+        columns = self._lists.setdefault(topic, ([], [], [], [], [], []))
+        partitions = [m.partition() for m in messages]
+        columns[0].extend(partitions)
+        columns[1].extend([m.offset() for m in messages])
+        columns[2].extend([m.timestamp()[1] for m in messages])
+        columns[3].extend([m.key() for m in messages])
+        columns[4].extend([m.value() for m in messages])
+        if topic in self._headers:
+            columns[5].extend([[{"key": k, "value": v} for k, v in m.headers() or ()] for m in messages])
+        self.rows += len(messages)
+        for partition in set(partitions):
+            last = messages[len(partitions) - 1 - partitions[::-1].index(partition)]
+            self.next[TopicPartition(topic, partition)] = Position(last.offset() + 1, _leader_epoch(last))
+
+    def _without_errors(self, messages: list[Any]) -> list[Any]:
+        """The records alone. An end of a partition is where its position is, behind markers and gaps."""
+        good: list[Any] = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                good.append(message)
+            elif error.code() == ck.KafkaError._PARTITION_EOF:
+                self.add(good)
+                good = []
+                tp = TopicPartition(message.topic(), message.partition())
+                epoch = self.next[tp].leader_epoch if tp in self.next else -1
+                self.next[tp] = Position(message.offset(), epoch)
+            elif error.code() not in TRANSPORT and not error.retriable():
+                self.add(good)
+                raise _Broken(TopicPartition(message.topic() or "", message.partition()), error)
+        return good
+
+    def chunk(self, open_: set[TopicPartition], stops: Mapping[TopicPartition, int] | None) -> _Chunk:
+        """Everything so far as Arrow columns, within `stops` and of `open_` partitions."""
+        records = {topic: self._batch(topic, lists) for topic, lists in self._lists.items()}
+        if stops is not None:
+            records = {topic: _before(batch, topic, open_, stops) for topic, batch in records.items()}
+        next_ = {
+            tp: p if stops is None or p.offset <= stops[tp] else Position(stops[tp], p.leader_epoch)
+            for tp, p in self.next.items()
+            if tp in open_
+        }
+        return _Chunk({topic: batch for topic, batch in records.items() if batch.num_rows}, next_)
+
+    def _batch(self, topic: str, lists: tuple[list[Any], ...]) -> pa.RecordBatch:
+        partitions, offsets, timestamps, keys, values, headers = lists
+        headers_type = RECORDS.field("headers").type
+        return pa.RecordBatch.from_arrays(
+            [
+                pa.array(partitions, pa.int32()),
+                pa.array(offsets, pa.int64()),
+                pa.array(timestamps, pa.int64()).cast(RECORDS.field("timestamp").type),
+                pa.array(keys, pa.binary()),
+                pa.array(values, pa.binary()),
+                pa.array(headers, headers_type)
+                if topic in self._headers
+                else pa.nulls(len(values), headers_type),
+            ],
+            schema=RECORDS,
+        )
+
+
+def _before(
+    batch: pa.RecordBatch, topic: str, open_: set[TopicPartition], stops: Mapping[TopicPartition, int]
+) -> pa.RecordBatch:
+    """The records that lie before their partition's stop."""
+    partitions = batch.column("partition").to_numpy()
+    ends = np.zeros(partitions.max() + 1, np.int64)
+    for partition in np.unique(partitions):
+        tp = TopicPartition(topic, int(partition))
+        ends[partition] = stops[tp] if tp in open_ else -1
+    keep = batch.column("offset").to_numpy() < ends[partitions]
+    return batch if keep.all() else batch.filter(pa.array(keep))
+
+
+def _fits(rows: int, size: int, chunk: _Chunk, limits: Limits) -> bool:
+    """Whether a batch may take another chunk; the first one always."""
+    return rows == 0 or (rows + chunk.rows <= limits.rows_max and size + chunk.bytes <= limits.bytes_max)
+
+
+def _leader_epoch(message: Any) -> int:
+    epoch = message.leader_epoch()
+    return -1 if epoch is None else int(epoch)
+
+
+def _fetched(plan: tuple[OffsetRange, ...], chunks: list[_Chunk]) -> Fetched:
+    """The chunks as one set of ranges that begin where the plan's begin."""
+    next_: dict[TopicPartition, Position] = {}
+    for chunk in chunks:
+        next_.update(chunk.next)
+    ranges = tuple(
+        OffsetRange(r.topic, r.partition, r.start, next_[r.tp].offset, next_[r.tp].leader_epoch)
+        for r in plan
+        if r.tp in next_ and next_[r.tp].offset > r.start
+    )
+    topics = dict.fromkeys(topic for chunk in chunks for topic in chunk.records)
+    records = {
+        topic: pa.Table.from_batches([c.records[topic] for c in chunks if topic in c.records], RECORDS)
+        for topic in topics
+    }
+    return Fetched(ranges, records)
+
+
+def _assignment(tp: TopicPartition, position: Position) -> Any:
+    if position.leader_epoch >= 0:
+        return ck.TopicPartition(tp.topic, tp.partition, position.offset, leader_epoch=position.leader_epoch)
+    return ck.TopicPartition(tp.topic, tp.partition, position.offset)
