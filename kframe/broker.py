@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import os
 import re
@@ -14,7 +15,6 @@ import sys
 import tempfile
 import time
 import uuid
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any

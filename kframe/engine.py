@@ -242,7 +242,7 @@ class Engine:
 def recreated(topic: str, old: str, new: str) -> TopicRecreated:
     """The error for a topic whose id is another one than the ledger's."""
     return TopicRecreated(
-        f"Topic {topic!r} was deleted and made again: the positions belong to id {old}, the topic is now {new}.",
+        f"Topic {topic!r} was deleted and made again: the positions belong to id {old}, it is now {new}.",
         kept="Nothing of the new topic was committed; tables and positions are as they were.",
         hint="Use another file or name= for the new topic, or pipeline.rewind('earliest') to begin anew.",
     )

@@ -108,8 +108,8 @@ def _fetch(jar: Jar, folder: Path) -> None:
         raise LocalKafkaError(
             f"Apache Kafka cannot be fetched: {url}: {getattr(error, 'reason', error)}",
             kept=f"Files fetched so far stay in {folder}.",
-            hint="Set KFRAME_BOOTSTRAP=host:port to use a Kafka that already runs, KFRAME_MAVEN to a mirror of "
-            f"Maven Central, or copy {folder} from another machine.",
+            hint="Set KFRAME_BOOTSTRAP=host:port to use a Kafka that already runs, KFRAME_MAVEN to a mirror "
+            f"of Maven Central, or copy {folder} from another machine.",
         ) from None
     if hashlib.sha256(data).hexdigest() != jar.sha256:
         raise LocalKafkaError(

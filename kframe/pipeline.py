@@ -22,7 +22,7 @@ from kframe.config import Options, options_of
 from kframe.definition import Definition, Topic, as_columns, check_name
 from kframe.errors import ConfigError, DefinitionError, Fenced, KframeError
 from kframe.executors.local import Executor
-from kframe.model import RECORDS, Fetched, RunReport, TopicPartition
+from kframe.model import RECORDS, Fetched, RunReport
 from kframe.reading import Result, query
 from kframe.run import Run, stop_on_sigterm
 from kframe.schema import Schema
@@ -122,7 +122,8 @@ class Pipeline:
     def __repr__(self) -> str:
         state = self._run.state if self._run else "new"
         tables = ", ".join(self._definition.tables) or "none"
-        return f"<Pipeline {self.name!r}, {state}; topics: {', '.join(self._definition.topics) or 'none'}; tables: {tables}>"
+        topics = ", ".join(self._definition.topics) or "none"
+        return f"<Pipeline {self.name!r}, {state}; topics: {topics}; tables: {tables}>"
 
     def __enter__(self) -> Pipeline:
         return self
@@ -149,7 +150,7 @@ class Pipeline:
         ----------
         name : str
         schema : mapping of column to type, optional
-            ``{"sku": "str", "qty": "int64 not null", "amount": "decimal(12,2)", "at": "timestamp[ms, UTC]"}``.
+            ``{"sku": "str", "qty": "int64 not null", "price": "decimal(12,2)", "ts": "timestamp[ms, UTC]"}``.
             Without one, it is inferred from the first 1,000 records and pinned in the ledger; see `schema`.
         format : "json", "text", "bytes" or "csv"
         include : sequence of "key", "headers", "timestamp", "partition", "offset", "tombstone"
@@ -190,7 +191,7 @@ class Pipeline:
         ----------
         name : str
         key : str or sequence of str, optional
-            Rows replace those of the same key (the last one of a batch wins); without a key they are appended.
+            Rows replace those of the same key (the last one of a batch wins); without a key they are added.
             A keyed result may carry a boolean column ``_tombstone``: True removes the key's row.
         inputs : sequence of str, optional
             Topics and tables for the function's parameters in order, when names can't match.
@@ -319,7 +320,7 @@ class Pipeline:
         def work() -> None:
             try:
                 run.execute()
-            except BaseException:  # noqa: BLE001 - kept in run.error, raised again by wait()
+            except BaseException:
                 return
 
         self._thread = threading.Thread(target=work, name=f"kframe-{self.name}", daemon=True)
@@ -386,7 +387,8 @@ class Pipeline:
 
     def dead_letters(self) -> pd.DataFrame:
         """Undecodable records: batch_id, topic, partition, offset, timestamp, key, value, error."""
-        return self._ledger.dead_letters().to_pandas()
+        frame: pd.DataFrame = self._ledger.dead_letters().to_pandas()
+        return frame
 
     def batches(self, last: int = 20) -> pd.DataFrame:
         """The last committed batches: ranges, rows, dead letters, milliseconds by stage."""

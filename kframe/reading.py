@@ -94,7 +94,8 @@ def query(ledger: Ledger, sql: str, parameters: object = None) -> Result:
             cur.execute("ROLLBACK")
         return Result(table, int(rows[0][0]) if rows else -1, at)
 
-    return _interruptible(ledger.store.cursor(), read)
+    result: Result = _interruptible(ledger.store.cursor(), read)
+    return result
 
 
 def _interruptible(cur: duckdb.DuckDBPyConnection, read: Any) -> Any:

@@ -126,8 +126,8 @@ class Run:
             self.state = "failed"
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(
-                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed batches stand, a "
-                    "running one was rolled back, and the next run goes on from the stored positions."
+                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed batches stand, "
+                    "a running one was rolled back, and the next run goes on from the stored positions."
                 )
             if error is raised:
                 raise
@@ -303,7 +303,7 @@ class Run:
     def _missing_positions(
         self, infos: Mapping[str, TopicInfo], known: Mapping[str, object]
     ) -> dict[TopicPartition, Position]:
-        """Where partitions begin that the ledger has not seen: a new topic as asked, a grown one at its start."""
+        """Where unseen partitions begin: those of a new topic as asked, those of a grown one at its start."""
         stored = self._ledger.positions()
         new = [TopicPartition(t, p) for t, i in infos.items() for p in range(i.partitions)]
         new = [tp for tp in new if tp not in stored]
@@ -315,7 +315,7 @@ class Run:
         return {tp: Position(offset) for tp, offset in offsets.items()}
 
     def _start_source(self, positions: dict[TopicPartition, Position]) -> dict[TopicPartition, Position]:
-        """Start reading at the ledger's positions; what Kafka no longer has is named, and skipped if asked."""
+        """Start reading at the ledger's positions; what is lost is named, and skipped if asked."""
         self._stops = self._source.offsets(positions, "latest") if self._until_end else None
         try:
             self._source.start(positions, self._stops)

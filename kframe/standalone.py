@@ -70,8 +70,8 @@ def peek(
     Returns
     -------
     Peek
-        ``.frame``: DataFrame, shape (<= n, columns and ``_partition``, ``_offset``, ``_timestamp``, ``_key``);
-        ``.schema``, ready to paste. Nothing is committed anywhere.
+        ``.frame``: DataFrame, shape (<= n, n_columns), the schema's and ``_partition``, ``_offset``,
+        ``_timestamp``, ``_key``; ``.schema``, ready to paste. Nothing is committed anywhere.
 
     Raises
     ------

@@ -75,11 +75,11 @@ def status_of(name: str, run: Run | None, ledger: Ledger) -> Status:
 def batches_frame(ledger: Ledger, last: int) -> pd.DataFrame:
     """The last batches, newest first: batch_id, rows, dead_letters, ranges, ms by stage, committed_at."""
     rows = ledger.store.cursor().sql(
-        "SELECT batch_id, rows, dead_letters, tombstones, ranges, timings_ms, committed_at FROM _kframe.batches "
-        "WHERE pipeline = $1 ORDER BY batch_id DESC LIMIT $2",
+        "SELECT batch_id, rows, dead_letters, tombstones, ranges, timings_ms, committed_at "
+        "FROM _kframe.batches WHERE pipeline = $1 ORDER BY batch_id DESC LIMIT $2",
         params=[ledger.pipeline, last],
     )
-    frame = rows.to_arrow_table().to_pandas(maps_as_pydicts="strict")
+    frame: pd.DataFrame = rows.to_arrow_table().to_pandas(maps_as_pydicts="strict")
     for stage in _SIDES:
         frame[f"{stage}_ms"] = [timings.get(stage, 0.0) for timings in frame["timings_ms"]]
     frame["ranges"] = [

@@ -261,7 +261,7 @@ class Ledger:
         return [name for (name,) in rows]
 
     def forget(self, cur: Cursor) -> list[str]:
-        """Remove positions, topics, batches and dead letters, under a new epoch; the steps' tables to drop."""
+        """Remove all but side tables and gaps, under a new epoch; the names of the steps' tables to drop."""
         names = self._read("SELECT name FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'")
         for table in ("positions", "topics", "batches", "dead_letters"):
             cur.execute(f"DELETE FROM _kframe.{table} WHERE pipeline = ?", [self.pipeline])
@@ -269,7 +269,8 @@ class Ledger:
             "DELETE FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'", [self.pipeline]
         )
         cur.execute(
-            "UPDATE _kframe.pipelines SET epoch = epoch + 1, next_batch_id = 0, cluster_id = NULL WHERE name = ?",
+            "UPDATE _kframe.pipelines SET epoch = epoch + 1, next_batch_id = 0, cluster_id = NULL "
+            "WHERE name = ?",
             [self.pipeline],
         )
         return [name for (name,) in names]

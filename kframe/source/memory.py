@@ -156,7 +156,9 @@ class MemorySource:
 
     def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
         """The next records, at most ``limits.rows_max`` in all, partition by partition."""
-        ranges, rows, room = [], {}, limits.rows_max
+        ranges: list[OffsetRange] = []
+        rows: dict[str, list[dict[str, Any]]] = {}
+        room = limits.rows_max
         for r in plan:
             log = self._logs[r.topic][r.partition]
             start = self._next.get(r.tp, r.start)

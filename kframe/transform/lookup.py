@@ -47,7 +47,7 @@ def table_rows(
         if not query:
             raise DefinitionError(
                 f"Step {step.name!r} reads table {table!r}, which does not exist yet.",
-                hint=f"Load it first: pipeline.side_table({table!r}, df), or define its step before this one.",
+                hint=f"Load it: pipeline.side_table({table!r}, df), or define its step before this one.",
             )
         return cur.sql(query).to_arrow_table()
 
