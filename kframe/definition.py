@@ -55,7 +55,8 @@ class Definition:
 
     def add_topic(self, topic: Topic) -> None:
         """Add a topic, or replace the one of the same name."""
-        if topic.name in self.tables:
+        landed = any(s.name == topic.name and topic.name in s.topics for s in self.steps)
+        if topic.name in self.tables and not landed:
             raise _taken(topic.name, "a table")
         self.topics[topic.name] = topic
 

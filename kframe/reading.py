@@ -82,8 +82,8 @@ def query(ledger: Ledger, sql: str, parameters: object = None) -> Result:
             rows = cur.execute(
                 "SELECT next_batch_id - 1 FROM _kframe.pipelines WHERE name = ?", [ledger.pipeline]
             ).fetchall()
-        except duckdb.InvalidInputException as error:
-            if "read-only" in str(error) or "READ ONLY" in str(error):
+        except duckdb.TransactionException as error:
+            if "read-only" in str(error):
                 raise KframeError(
                     "sql() only reads; tables change by batches alone.",
                     kept="Nothing was changed.",

@@ -126,8 +126,8 @@ class Run:
             self.state = "failed"
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(
-                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed batches stand, "
-                    "a running one was rolled back, and the next run goes on from the stored positions."
+                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed batches "
+                    "stand, a running one was rolled back, and the next run goes on from the stored positions."
                 )
             if error is raised:
                 raise
@@ -249,8 +249,8 @@ class Run:
         cluster_id = self._source.cluster_id()
         with transaction(self._store, lambda: False) as cur:
             self._ledger.claim(cur, _owner(), cluster_id)
-            changed = self._ledger.define(cur, {s.name: s.fingerprint() for s in self._definition.steps})
-            self._tell_changes(changed)
+            fingerprints = {s.name: s.fingerprint() for s in self._definition.steps}
+            self._tell_changes(self._ledger.changed(cur, fingerprints))
             for topic in topics:
                 self._ledger.pin_topic(cur, topic, infos[topic].topic_id, schemas[topic].to_dict())
             self._ledger.add_positions(cur, missing)

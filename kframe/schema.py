@@ -30,7 +30,6 @@ _DUCKDB: dict[pa.DataType, str] = {
     pa.date32(): "DATE",
     pa.binary(): "BLOB",
     pa.large_binary(): "BLOB",
-    pa.float16(): "FLOAT",
     pa.float32(): "FLOAT",
     pa.float64(): "DOUBLE",
     pa.int8(): "TINYINT",
@@ -42,12 +41,14 @@ _DUCKDB: dict[pa.DataType, str] = {
     pa.uint32(): "UINTEGER",
     pa.uint64(): "UBIGINT",
     pa.time64("us"): "TIME",
+    pa.duration("s"): "INTERVAL",
+    pa.duration("ms"): "INTERVAL",
     pa.duration("us"): "INTERVAL",
-    pa.duration("ns"): "INTERVAL",
 }
 
 _NAIVE = {"s": "TIMESTAMP_S", "ms": "TIMESTAMP_MS", "us": "TIMESTAMP", "ns": "TIMESTAMP_NS"}
-_RESERVED = {"_partition", "_offset", "_timestamp", "_key", "_headers", "_tombstone"}
+_ZONED = {"s": "TIMESTAMPTZ", "ms": "TIMESTAMPTZ", "us": "TIMESTAMPTZ", "ns": "TIMESTAMPTZ_NS"}
+_RESERVED = frozenset({"_partition", "_offset", "_timestamp", "_key", "_headers", "_tombstone"})
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ def duckdb_type(arrow: pa.DataType) -> str:
     """
     if arrow in _DUCKDB:
         return _DUCKDB[arrow]
-    if pa.types.is_decimal(arrow):
+    if pa.types.is_decimal(arrow) and 0 <= arrow.scale <= arrow.precision <= 38 and arrow.bit_width <= 128:
         return f"DECIMAL({arrow.precision},{arrow.scale})"
     if pa.types.is_timestamp(arrow):
-        return "TIMESTAMPTZ" if arrow.tz else _NAIVE[arrow.unit]
+        return (_ZONED if arrow.tz else _NAIVE)[arrow.unit]
     if pa.types.is_list(arrow) or pa.types.is_large_list(arrow):
         return duckdb_type(arrow.value_type) + "[]"
     if pa.types.is_struct(arrow):
@@ -191,6 +192,12 @@ def _struct(inside: str) -> Type:
         if not colon:
             raise _unknown(f"struct<{inside}>")
         members.append((name.strip(), parse_type(text)))
+    _check_names([name for name, _ in members], reserved=frozenset())
+    names = [name.lower() for name, _ in members]
+    if "" in names or len(set(names)) < len(names):
+        raise DefinitionError(
+            f"struct<{inside}>: its members need names that are not empty and differ by more than case."
+        )
     arrow = pa.struct([pa.field(n, t.arrow) for n, t in members])
     return Type("struct", arrow, f"struct<{', '.join(f'{n}: {t}' for n, t in members)}>", tuple(members))
 
@@ -207,12 +214,12 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _check_names(names: list[str]) -> None:
+def _check_names(names: list[str], reserved: frozenset[str] = _RESERVED) -> None:
     folded: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or not name:
             raise DefinitionError(f"{name!r} cannot name a column.", hint="Use non-empty text.")
-        if name.lower() in _RESERVED:
+        if name.lower() in reserved:
             raise DefinitionError(
                 f"The column name {name!r} is kframe's own.", hint="topic(include=[...]) adds that column."
             )

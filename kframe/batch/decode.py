@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +38,8 @@ class Decoder:
         Whether unknown JSON fields are reported in ``Decoded.new_fields``.
     record_bytes_max : int, bytes
         A longer value is a dead letter, unread.
+    delimiter : str
+        One character, between the cells of ``format="csv"``.
 
     Raises
     ------
@@ -56,7 +58,7 @@ class Decoder:
         record_bytes_max: int = 64 << 20,
         delimiter: str = ",",
     ) -> None:
-        _check_options(topic, format, include, on_new_field)
+        _check_options(topic, format, include, on_new_field, delimiter)
         self.topic = topic
         self.schema = schema
         self._options: dict[str, Any] = {
@@ -102,48 +104,45 @@ class Decoder:
             records' order.
         """
         dead: list[pa.Table] = []
-        present, tombstones = self._without_tombstones(records)
-        present = self._without_oversized(present, dead)
+        place = np.arange(records.num_rows)
+        has_value = _bools(records["value"].is_valid()) if records["value"].null_count else None
+        present = records if has_value is None else records.filter(pa.array(has_value))
+        place = place if has_value is None else place[has_value]
+        present, place = self._without_oversized(present, place, dead)
         rows, good, errors = self._values(present["value"])
         if errors:
             dead.append(self._dead(present.take(pa.array(list(errors))), list(errors.values())))
-            present = present.filter(pa.array(good))
-        frame = self._beside(rows, present)
-        if tombstones.num_rows and "tombstone" in self._options["include"]:
-            frame = self._with_tombstones(frame, tombstones, records)
+            present, place = present.filter(pa.array(good)), place[good]
+        new_fields = self._new_fields(present)
+        if has_value is not None and "tombstone" in self._options["include"]:
+            rows, present = self._with_tombstones(rows, place, records, has_value)
         return Decoded(
-            frame,
+            self._frame(rows, present),
             pa.concat_tables([DEAD_LETTERS.empty_table(), *dead]),
-            tombstones.num_rows,
-            self._new_fields(present),
+            0 if has_value is None else int(np.count_nonzero(~has_value)),
+            new_fields,
         )
 
     # ---- its parts ----------------------------------------------------------------------------------
 
-    def _without_tombstones(self, records: pa.Table) -> tuple[pa.Table, pa.Table]:
-        if not records["value"].null_count:
-            return records, records.slice(0, 0)
-        is_present = pc.is_valid(records["value"])
-        return records.filter(is_present), records.filter(pc.invert(is_present))
-
-    def _without_oversized(self, records: pa.Table, dead: list[pa.Table]) -> pa.Table:
+    def _without_oversized(self, records: pa.Table, place: Any, dead: list[pa.Table]) -> tuple[pa.Table, Any]:
         most = self._options["record_bytes_max"]
         if records["value"].nbytes <= most:
-            return records
+            return records, place
         sizes = pc.binary_length(records["value"])
-        large = pc.greater(sizes, most)
-        if pc.any(large).as_py():
-            found = records.filter(large)
+        large = _bools(pc.greater(sizes, most))
+        if large.any():
+            found = records.filter(pa.array(large))
             told = [
                 f"value of {n:,} bytes is over record_bytes_max={most:,}"
-                for n in sizes.filter(large).to_pylist()
+                for n in sizes.filter(pa.array(large)).to_pylist()
             ]
             nothing = pa.nulls(found.num_rows, pa.binary())
             dead.append(
                 self._dead(found.set_column(found.column_names.index("value"), "value", nothing), told)
             )
-            records = records.filter(pc.invert(large))
-        return records
+            records, place = records.filter(pa.array(~large)), place[~large]
+        return records, place
 
     def _dead(self, records: pa.Table, errors: list[str]) -> pa.Table:
         columns = {name: records[name] for name in ("partition", "offset", "timestamp", "key", "value")}
@@ -152,27 +151,26 @@ class Decoder:
             {"topic": topic, **columns, "error": pa.array(errors, pa.string())}, schema=DEAD_LETTERS
         )
 
-    def _beside(self, rows: pa.Table, records: pa.Table) -> pa.Table:
-        """The rows with the provenance and included columns of their records."""
-        for name in PROVENANCE:
-            rows = rows.append_column(name, records[name[1:]])
-        for name in ("key", "headers"):
-            if name in self._options["include"]:
-                rows = rows.append_column(f"_{name}", records[name])
-        if "tombstone" in self._options["include"]:
-            rows = rows.append_column("_tombstone", pa.array(np.zeros(rows.num_rows, bool)))
-        return rows
+    def _frame(self, rows: pa.Table, records: pa.Table) -> pa.Table:
+        """The rows with the provenance and included columns of their records: the same schema every time."""
+        include = self._options["include"]
+        columns = {name: records[name[1:]] for name in PROVENANCE}
+        columns |= {f"_{name}": records[name] for name in ("key", "headers") if name in include}
+        if "tombstone" in include:
+            columns["_tombstone"] = records["value"].is_null()
+        fields = [f.with_nullable(f.nullable or "tombstone" in include) for f in self.schema.arrow]
+        fields += [pa.field(name, column.type) for name, column in columns.items()]
+        return pa.Table.from_arrays([*rows.columns, *columns.values()], schema=pa.schema(fields))
 
-    def _with_tombstones(self, frame: pa.Table, tombstones: pa.Table, records: pa.Table) -> pa.Table:
-        empty = pa.table({f.name: pa.nulls(tombstones.num_rows, f.type.arrow) for f in self.schema})
-        rows = self._beside(empty, tombstones)
-        rows = rows.set_column(
-            rows.column_names.index("_tombstone"), "_tombstone", pa.array(np.ones(rows.num_rows, bool))
-        )
-        nullable = pa.schema([f.with_nullable(True) for f in frame.schema])
-        both = pa.concat_tables([frame.cast(nullable), rows.cast(nullable)])
-        place = {po: i for i, po in enumerate(_places(records))}
-        return both.take(pa.array(np.argsort([place[po] for po in _places(both, "_")], kind="stable")))
+    def _with_tombstones(
+        self, rows: pa.Table, place: Any, records: pa.Table, has_value: Any
+    ) -> tuple[pa.Table, pa.Table]:
+        """The rows and one without values for each tombstone, and their records, in the records' order."""
+        empty = np.flatnonzero(~has_value)
+        nothing = pa.table([pa.nulls(len(empty), f.type.arrow) for f in self.schema], names=rows.column_names)
+        both = pa.concat_tables([rows.cast(nothing.schema), nothing])
+        places = np.concatenate([place, empty])
+        return both.take(pa.array(places.argsort())), records.take(pa.array(np.sort(places)))
 
     def _new_fields(self, records: pa.Table) -> dict[str, str]:
         if self._options["on_new_field"] != "add" or not records.num_rows:
@@ -249,22 +247,36 @@ def _csv(schema: Schema, _con: duckdb.DuckDBPyConnection, delimiter: str) -> Val
 
 
 def _csv_row(schema: Schema, text: str, delimiter: str) -> dict[str, Any]:
-    try:
-        lines = list(csv.reader([text], delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise strict.Misfit(f"not valid CSV: {error}") from None
-    cells = lines[0] if lines else []
-    if len(lines) > 1 or len(cells) != len(schema.fields):
+    cells = _csv_cells(text, delimiter)
+    if len(cells) != len(schema.fields):
         raise strict.Misfit(f"expected one line of {len(schema.fields)} cells, got {len(cells)}")
     row = {}
     for f, cell in zip(schema, cells, strict=True):
-        if cell == "" and f.required:
+        if cell is None and f.required:
             raise strict.Misfit(f"{f.name}: required, but empty")
         try:
-            row[f.name] = None if cell == "" else strict.cell(f.type, cell)
+            row[f.name] = None if cell is None else strict.cell(f.type, cell)
         except strict.Misfit as error:
             raise strict.Misfit(f"{f.name}: {error}") from None
     return row
+
+
+def _csv_cells(text: str, delimiter: str) -> list[str | None]:
+    """The cells of one line; an empty one is None unless it is quoted."""
+    text = text.removesuffix("\n").removesuffix("\r")
+    cell = re.compile(rf'"((?:[^"]|"")*)"|([^"\r\n{re.escape(delimiter)}]*)')
+    cells: list[str | None] = []
+    at = 0
+    while match := cell.match(text, at):
+        quoted, bare = match.groups()
+        cells.append(bare or None if quoted is None else quoted.replace('""', '"'))
+        at = match.end()
+        if at == len(text):
+            return cells
+        if text[at] != delimiter:
+            raise strict.Misfit(f"not valid CSV: {text[at]!r} after cell {len(cells)}")
+        at += 1
+    raise AssertionError("an empty cell always matches")
 
 
 FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Values]] = {
@@ -276,7 +288,9 @@ FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Values]] =
 """By name. Another format is one more entry: from a schema to a function from values to rows."""
 
 
-def _check_options(topic: str, format: str, include: Sequence[str], on_new_field: str) -> None:
+def _check_options(
+    topic: str, format: str, include: Sequence[str], on_new_field: str, delimiter: str
+) -> None:
     for what, value, known in (
         *(("include", name, INCLUDE) for name in include),
         ("format", format, tuple(FORMATS)),
@@ -287,6 +301,8 @@ def _check_options(topic: str, format: str, include: Sequence[str], on_new_field
                 f"topic({topic!r}, {what}=...): there is no {value!r}.",
                 hint=f"Choose from {', '.join(known)}.",
             )
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DefinitionError(f"topic({topic!r}, delimiter=...): {delimiter!r} is not one character.")
     if on_new_field == "add" and format != "json":
         raise DefinitionError(f"topic({topic!r}): on_new_field='add' needs format='json'.")
 
@@ -303,7 +319,5 @@ def private_connection() -> duckdb.DuckDBPyConnection:
     return con
 
 
-def _places(table: pa.Table, prefix: str = "") -> list[tuple[int, int]]:
-    return list(
-        zip(table[f"{prefix}partition"].to_pylist(), table[f"{prefix}offset"].to_pylist(), strict=True)
-    )
+def _bools(column: Any) -> Any:
+    return np.array(column.to_numpy(), dtype=bool)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from kframe.batch import strict
-from kframe.errors import ConfigError
-from kframe.schema import Schema
+from kframe.errors import ConfigError, DefinitionError
+from kframe.schema import Schema, Type, parse_type
 
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_TIMES = [parse_type(text) for text in ("date", "timestamp[us]", "timestamp[us, UTC]")]
 
 
 def infer_schema(values: Sequence[bytes], format: str = "json") -> Schema:
@@ -33,13 +32,15 @@ def infer_schema(values: Sequence[bytes], format: str = "json") -> Schema:
     Raises
     ------
     ConfigError
-        No value is a JSON object, or the format needs a schema.
+        No value is a JSON object.
+    DefinitionError
+        The format needs a declared schema.
     """
     if format in ("text", "bytes"):
         return Schema.parse({"value": "str" if format == "text" else "bytes"})
     if format != "json":
-        raise ConfigError(
-            f"A schema cannot be inferred from {format}.", hint='topic(schema={"column": "type"})'
+        raise DefinitionError(
+            f"A schema cannot be inferred from {format}.", hint='Give one: topic(schema={"column": "type"}).'
         )
     fields: dict[str, list[Any]] = {}
     for document in filter(None, map(_object, values)):
@@ -57,7 +58,7 @@ def infer_schema(values: Sequence[bytes], format: str = "json") -> Schema:
 def _object(raw: bytes) -> dict[str, Any] | None:
     try:
         document = strict.load(raw.decode())
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, strict.Misfit):
         return None
     return document if isinstance(document, dict) else None
 
@@ -85,21 +86,22 @@ def _type(given: list[Any]) -> str:
 
 
 def _number(numbers: list[str]) -> str:
-    whole = all(re.fullmatch(r"-?\d+", n) for n in numbers)
-    return "int64" if whole and all(-(2**63) <= int(n) < 2**63 for n in numbers) else "float64"
+    return "int64" if all(_fits(parse_type("int64"), n) for n in numbers) else "float64"
 
 
 def _text(texts: list[str]) -> str:
-    if all(_DATE.fullmatch(t) for t in texts):
-        return "date"
+    zoned = {bool(re.search(r"(Z|[+-]\d\d:?\d\d)$", t[10:])) for t in texts}
+    if zoned == {True}:
+        return _TIMES[2].text if all(_fits(_TIMES[2], t) for t in texts) else "str"
+    return next((type_.text for type_ in _TIMES[:2] if all(_fits(type_, t) for t in texts)), "str")
+
+
+def _fits(type_: Type, given: Any) -> bool:
     try:
-        moments = [dt.datetime.fromisoformat(t) for t in texts if len(t) > 10 or t[:1].isalpha()]
-    except ValueError:
-        return "str"
-    if len(moments) < len(texts) or any(re.search(r"[.,]\d{7}", t) for t in texts):
-        return "str"
-    zoned = {m.tzinfo is not None for m in moments}
-    return "str" if len(zoned) != 1 else "timestamp[us, UTC]" if zoned == {True} else "timestamp[us]"
+        strict.value(type_, given)
+    except strict.Misfit:
+        return False
+    return True
 
 
 def _struct(objects: list[dict[str, Any]]) -> str:

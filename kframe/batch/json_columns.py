@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kframe.batch import strict
+from kframe.errors import SchemaError
 from kframe.schema import Field, Schema, Type
 
 Signature = tuple[str | None, ...]
@@ -26,6 +27,8 @@ Signature = tuple[str | None, ...]
 _INTEGERS = frozenset({"BIGINT", "UBIGINT"})
 _NUMBERS = _INTEGERS | {"DOUBLE"}
 _TEXT = frozenset({"VARCHAR"})
+NEW_FIELDS_MAX = 1_000
+"""The most unknown fields that one batch may add as columns."""
 _ABSENT = frozenset({None, "NULL"})
 _ACCEPTED = {
     "int": _INTEGERS,
@@ -50,6 +53,7 @@ _LONG_NUMERAL = "|".join(  # more digits than a double keeps
     [
         r"[0-9]{16}[.eE]",
         "-[0-9]{19}",
+        "[eE]-[0-9]{3}",  # or less than a double tells from zero
         "[0-9]{20}",
         *(rf"[0-9]{{{n}}}\.[0-9]{{{16 - n}}}" for n in range(1, 16)),
     ]
@@ -142,9 +146,9 @@ class JsonColumns:
     def _which(self, texts: pa.ChunkedArray, doubt: str, group: _Group) -> Any:
         """The rows of a group. Position by position: there may be many signatures, of few types each."""
         seen = [set(types) for types in zip(*group.counts, strict=True)]
-        parameters = {f"p{i}": sorted(t for t in types if t is not None) for i, types in enumerate(seen)}
+        parameters = {f"p{i}": [t for t in types if t] or [""] for i, types in enumerate(seen)}
         wanted = [
-            f"({f's[{i + 1}] IS NULL OR ' if None in types else ''}coalesce(list_contains($p{i}, s[{i + 1}]), false))"
+            f"coalesce(list_contains($p{i}, s[{i + 1}]), {'s IS NOT NULL' if None in types else 'false'})"
             for i, types in enumerate(seen)
         ]
         query = (
@@ -243,7 +247,9 @@ class JsonColumns:
         """Each text's ``json`` columns as the bulk path would give them; None: not valid JSON."""
         names = [f.name for f in self.schema if f.type.kind == "json"]
         parts = "".join(f", nullif(json_extract(t, {_path(n)})::VARCHAR, 'null')" for n in names)
-        query = f"SELECT j IS NOT NULL{parts} FROM (SELECT CASE WHEN json_valid(t) THEN t END AS j, j AS t FROM texts)"
+        query = (
+            f"SELECT t IS NOT NULL{parts} FROM (SELECT CASE WHEN json_valid(t) THEN t END AS t FROM texts)"
+        )
         valid, *columns = (column.to_pylist() for column in self._sql(query, texts))
         rows = zip(*columns, strict=True) if columns else ((),) * len(texts)
         return [
@@ -273,6 +279,12 @@ def unknown_fields(con: duckdb.DuckDBPyConnection, schema: Schema, texts: pa.Chu
             f"SELECT DISTINCT unnest(json_keys(t)) AS name {objects} ORDER BY name"
         ).fetchall()
         known = {f.name.lower() for f in schema}
+        if len(names) > len(known) + NEW_FIELDS_MAX:
+            raise SchemaError(
+                f"{len(names):,} distinct fields in one batch: their names seem to be data.",
+                kept="Nothing was committed of this batch.",
+                hint='Keep them out with on_new_field="ignore".',
+            )
         found = {}
         for (name,) in names:
             if not name or name.lower() in known or name.startswith("_"):
@@ -300,10 +312,14 @@ def _inferred(types: frozenset[str | None]) -> str:
 def _signature_sql(schema: Schema) -> str:
     """SQL for a record's `Signature`; NULL when it is not JSON. Lists and structs add their inner types."""
     types = f"json_type(t, ['$', {', '.join(_path(f.name) for f in schema)}])"
-    inner = ", ".join(
-        f"json_structure(json_extract(t, {_path(f.name)}))::VARCHAR" for f in schema if f.type.members
-    )
+    inner = ", ".join(_structure_sql(f"json_extract(t, {_path(f.name)})") for f in schema if f.type.members)
     return f"CASE WHEN json_valid(t) THEN {f'list_concat({types}, [{inner}])' if inner else types} END"
+
+
+def _structure_sql(value: str) -> str:
+    """SQL for the types inside a value. DuckDB's function for it is fatal to the database from 128 levels."""
+    structure = f"json_structure({value})::VARCHAR"
+    return f"CASE WHEN strlen(t) < 200 THEN {structure} WHEN {_BRACKETS} < 100 THEN {structure} ELSE '\"deep\"' END"
 
 
 def _doubt_sql(schema: Schema) -> str:
@@ -317,7 +333,8 @@ def _doubt_sql(schema: Schema) -> str:
     return f"(CASE {' '.join(doubts)} ELSE false END)" if doubts else "false"
 
 
-_DEEP = f"(length(t) - length(replace(replace(t, '[', ''), '{{', '')) > {strict.DEPTH_MAX})"
+_BRACKETS = "(strlen(t) - strlen(replace(replace(t, '[', ''), '{', '')))"
+_DEEP = f"({_BRACKETS} > {strict.DEPTH_MAX})"
 
 
 def _longest(texts: pa.ChunkedArray) -> int:

@@ -1,7 +1,7 @@
 """One record's values against the schema, in Python: what fits, and what exactly does not.
 
-This is the meaning of every type. The bulk path in `kframe.batch.json_columns` takes only records for which it can
-show that this module would give the same.
+This is the meaning of every type. The bulk path in `kframe.batch.json_columns` takes only records for
+which it can show that this module would give the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from kframe.schema import Schema, Type
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _MOMENT = re.compile(
-    r"(\d{4}-\d\d-\d\d)[T ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:[.,](\d+))?(Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?",
+    r"(\d{4}-\d\d-\d\d)[T ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:[.,](\d+))?"
+    r"(Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?",
     re.ASCII,
 )
 _OUTSIDE_TEXT = re.compile(
@@ -220,8 +221,9 @@ def _timestamp(type_: Type, given: Any) -> int:
     digits = (match[3] or "").rstrip("0")
     if 10 ** min(len(digits), 7) > _PER_SECOND[unit]:
         raise Misfit(f"{_show(given)} would have to be rounded for {type_}")
-    seconds = (_moment(type_, given, match) - _EPOCH) // dt.timedelta(seconds=1)
-    return seconds * _PER_SECOND[unit] + int(digits or 0) * _PER_SECOND[unit] // 10 ** len(digits)
+    seconds: int = (_moment(type_, given, match) - _EPOCH) // dt.timedelta(seconds=1)
+    part = digits.ljust(6, "0")[:6]
+    return seconds * _PER_SECOND[unit] + int(part) * _PER_SECOND[unit] // 1_000_000
 
 
 def _moment(type_: Type, given: str, match: re.Match[str]) -> dt.datetime:

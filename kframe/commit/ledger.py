@@ -67,8 +67,8 @@ class Ledger:
             )
         cur.execute("UPDATE _kframe.positions SET epoch = ? WHERE pipeline = ?", [self.epoch, self.pipeline])
 
-    def define(self, cur: Cursor, fingerprints: Mapping[str, str]) -> list[str]:
-        """Store the definitions' fingerprints; the names whose stored one was another.
+    def changed(self, cur: Cursor, fingerprints: Mapping[str, str]) -> list[str]:
+        """Names of tables whose rows were committed under another definition.
 
         Raises
         ------
@@ -76,28 +76,21 @@ class Ledger:
             Another pipeline of this file writes a table of that name.
         """
         rows = cur.execute("SELECT pipeline, name, fingerprint FROM _kframe.tables").fetchall()
-        changed = []
-        for owner, name, old in rows:
-            if name not in fingerprints:
-                continue
-            if owner != self.pipeline:
+        for owner, name, _ in rows:
+            if name in fingerprints and owner != self.pipeline:
                 raise DefinitionError(
                     f"Table {name!r} is written by pipeline {owner!r} in this file.",
                     kept="Nothing was changed.",
                     hint="Give one of the two another name.",
                 )
-            if old != fingerprints[name]:
-                changed.append(name)
-        known = {name for owner, name, _ in rows if owner == self.pipeline}
+        return [name for _, name, old in rows if fingerprints.get(name, old) != old]
+
+    def define(self, cur: Cursor, fingerprints: Mapping[str, str]) -> None:
+        """Store the definitions that this transaction's rows are made by. Raises as `changed` does."""
+        self.changed(cur, fingerprints)
         for name, fingerprint in fingerprints.items():
-            if name in changed:
-                cur.execute(
-                    "UPDATE _kframe.tables SET fingerprint = ? WHERE pipeline = ? AND name = ?",
-                    [fingerprint, self.pipeline, name],
-                )
-            elif name not in known:
-                cur.execute("INSERT INTO _kframe.tables VALUES (?, ?, ?)", [self.pipeline, name, fingerprint])
-        return changed
+            cur.execute("DELETE FROM _kframe.tables WHERE pipeline = ? AND name = ?", [self.pipeline, name])
+            cur.execute("INSERT INTO _kframe.tables VALUES (?, ?, ?)", [self.pipeline, name, fingerprint])
 
     # ---- topics and positions -----------------------------------------------------------------------
 

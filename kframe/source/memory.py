@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,9 +42,10 @@ class MemorySource:
 
     def __init__(self, topics: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._logs: dict[str, list[_Log]] = {}
-        self._ids: dict[str, str] = {}
+        self._ids: dict[str, int] = {}
         self._next: dict[TopicPartition, int] = {}
         self._stops: Mapping[TopicPartition, int] | None = None
+        self._changed = threading.Condition()
         for topic, values in (topics or {}).items():
             self.create(topic)
             for value in values:
@@ -59,7 +60,7 @@ class MemorySource:
     def create(self, topic: str, partitions: int = 1) -> None:
         """Make a topic, or make it again: a new id and no records."""
         self._logs[topic] = [_Log() for _ in range(partitions)]
-        self._ids[topic] = uuid.uuid4().hex
+        self._ids[topic] = self._ids.get(topic, 0) + 1
 
     def add_partitions(self, topic: str, count: int) -> None:
         """More partitions, empty."""
@@ -100,7 +101,9 @@ class MemorySource:
                 "headers": [{"key": k, "value": v} for k, v in headers] if headers else None,
             }
         )
-        log.end = offset + 1
+        with self._changed:
+            log.end = offset + 1
+            self._changed.notify_all()
         return offset
 
     def skip(self, topic: str, count: int, *, partition: int = 0) -> None:
@@ -128,7 +131,7 @@ class MemorySource:
                 raise ConfigError(
                     f"Topic {topic!r} does not exist.", hint="MemorySource.create(topic) first."
                 )
-        return {t: TopicInfo(self._ids[t], len(self._logs[t])) for t in topics}
+        return {t: TopicInfo(f"{t}-{self._ids[t]}", len(self._logs[t])) for t in topics}
 
     def offsets(self, partitions: Iterable[TopicPartition], at: Start) -> dict[TopicPartition, int]:
         """Offsets at a point of the log."""
@@ -156,6 +159,9 @@ class MemorySource:
 
     def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
         """The next records, at most ``limits.rows_max`` in all, partition by partition."""
+        if self._stops is None:
+            with self._changed:
+                self._changed.wait_for(lambda: stopped() or self._has_more(plan), limits.interval_s)
         ranges: list[OffsetRange] = []
         rows: dict[str, list[dict[str, Any]]] = {}
         room = limits.rows_max
@@ -185,6 +191,9 @@ class MemorySource:
 
     def close(self) -> None:
         """Nothing to close."""
+
+    def _has_more(self, plan: tuple[OffsetRange, ...]) -> bool:
+        return any(self._logs[r.topic][r.partition].end > self._next.get(r.tp, r.start) for r in plan)
 
     def _offset(self, tp: TopicPartition, at: Start) -> int:
         log = self._logs[tp.topic][tp.partition]

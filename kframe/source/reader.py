@@ -80,8 +80,8 @@ class Reader:
         self._failure: BaseException | None = None
         self._to_acknowledge: dict[TopicPartition, Position] = {}
         consumer.assign([_assignment(tp, positions[tp]) for tp in self._open])
-        self._thread = threading.Thread(target=self._run, name="kframe-fetch", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="kframe-fetch", daemon=True).start()
 
     def next_offset(self, tp: TopicPartition) -> int:
         """The offset behind the last record of `tp` that was fetched."""
@@ -123,7 +123,7 @@ class Reader:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._ended.wait()  # not join(): interrupted, it would call a live thread dead before Python 3.13
         self._commit_group()
         self._consumer.close()
 
@@ -147,6 +147,8 @@ class Reader:
             with self._changed:
                 self._failure = error if not isinstance(error, _Broken) else self._explained(error)
                 self._changed.notify_all()
+        finally:
+            self._ended.set()
 
     def _has_room(self) -> bool:
         with self._changed:

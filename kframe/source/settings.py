@@ -32,7 +32,7 @@ _REFUSED = {
 PIPELINE_SETTINGS = ("processing.guarantee", "commit.interval.ms")
 """Kafka Streams' names for two of `Pipeline`'s own options, accepted among Kafka's settings."""
 
-_SHOWN = {"bootstrap.servers", "client.id", "security.protocol", "sasl.mechanism", "isolation.level"}
+_SHOWN = {"bootstrap.servers", "client.id"}
 
 
 class Settings:

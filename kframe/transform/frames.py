@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -33,7 +35,7 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
     -------
     DataFrame, shape (n_rows, n_columns), RangeIndex
         Integers and booleans that may be NULL get pandas' nullable dtypes (``Int64``, ``boolean``), those
-        that may not, numpy's; floats are float64 (NULL becomes NaN), text is ``str``, times
+        that may not, numpy's; floats keep their width (NULL becomes NaN), text is ``str``, times
         ``datetime64``; decimals, dates, bytes, lists and structs keep their Arrow types, so that sums of
         money stay exact.
     """
@@ -62,19 +64,20 @@ def from_pandas(frame: pd.DataFrame, step: str) -> pa.Table:
     Raises
     ------
     SchemaError
-        The result is no DataFrame, or a column mixes types, or column names repeat or are no text.
+        The result is no DataFrame, or a column mixes types or holds numbers beyond 64 bits, or column
+        names repeat or are no text.
     """
     if not isinstance(frame, pd.DataFrame):
         raise SchemaError(
             f"Step {step!r} returned a {type(frame).__name__}, not a DataFrame.",
             hint="Return a DataFrame (or None for no rows); Series.to_frame() makes one.",
         )
-    if any(name is not None for name in frame.index.names):
-        frame = frame.reset_index()
+    frame = _index_as_columns(frame, step)
     _check_columns(frame, step)
+    _check_values(frame, step)
     try:
         table = pa.Table.from_pandas(frame, preserve_index=False)
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError) as error:
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
         raise SchemaError(
             f"Step {step!r} returned a column that has no one type: {error}",
             hint="Convert it, e.g. frame.astype({...}).",
@@ -102,7 +105,35 @@ def _one_dtype_per_type(schema: pa.Schema) -> bool:
 
 def _column(table: pa.Table, i: int) -> pd.DataFrame:
     one = table.select([i])
-    return one.to_pandas(types_mapper=_types_of(one.schema))
+    frame: pd.DataFrame = one.to_pandas(types_mapper=_types_of(one.schema))
+    return frame
+
+
+def _index_as_columns(frame: pd.DataFrame, step: str) -> pd.DataFrame:
+    if all(name is None for name in frame.index.names):
+        return frame
+    try:
+        return frame.reset_index()
+    except ValueError as error:
+        raise SchemaError(
+            f"Step {step!r} returned an index that cannot become columns: {error}.",
+            hint="Rename it, or drop it: frame.reset_index(drop=True).",
+        ) from None
+
+
+def _check_values(frame: pd.DataFrame, step: str) -> None:
+    """Refuse the mixtures that Arrow would take for one type."""
+    for name, column in frame.items():
+        if column.dtype != object:
+            continue
+        types = set(map(type, column))
+        numbers = any(issubclass(t, (int, np.integer)) for t in types)
+        if {bytes, str} <= types or (numbers and any(issubclass(t, dt.date) for t in types)):
+            told = ", ".join(sorted(t.__name__ for t in types))
+            raise SchemaError(
+                f"Step {step!r} returned a column that has no one type: {name!r} holds {told}.",
+                hint="Convert it, e.g. frame.astype({...}).",
+            )
 
 
 def _check_columns(frame: pd.DataFrame, step: str) -> None:

@@ -1,0 +1,222 @@
+"""Decoding a batch == decoding every record alone == the record-by-record meaning of every type."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kframe.batch import json_columns
+from kframe.batch.decode import Decoder, private_connection
+from kframe.batch.infer import infer_schema
+from kframe.batch.json_columns import JsonColumns
+from kframe.errors import ConfigError
+from kframe.model import RECORDS, Decoded
+from kframe.schema import Schema
+
+SCHEMAS = [
+    {"a": "int64", "b": "str", "c": "float64", "d": "bool"},
+    {"a": "int8", "b": "uint8", "c": "int16", "d": "uint64"},
+    {"a": "int32 not null", "b": "uint16", "c": "uint32", "d": "float32"},
+    {"a": "decimal(12,2)", "b": "decimal(38,10)", "c": "decimal(18,12)", "d": "decimal(4,0) not null"},
+    {"a": "date", "b": "timestamp[s]", "c": "timestamp[ms]", "d": "timestamp[us]"},
+    {"a": "timestamp[ms, UTC]", "b": "timestamp[s, UTC] not null", "c": "timestamp[us, UTC]", "d": "str"},
+    {"a": "json", "b": "int64", "c": "bytes", "d": "decimal(9,3)"},
+    {"a": "list<int64>", "b": "list<str>", "c": "list<float64>", "d": "int64"},
+    {
+        "a": "struct<a: int64, b: str>",
+        "b": "list<struct<c: float64>>",
+        "c": "struct<d: list<bool>>",
+        "d": "json",
+    },
+    {"a": "list<decimal(9,2)>", "b": "struct<t: timestamp[ms]>", "c": "list<list<int64>>", "d": "str"},
+]
+NUMERALS = [
+    *("0", "-0", "-0.0", "1.0", "1.5", "1.10", "1e3", "1E-2", "127", "128", "-129", "255", "256", "65535"),
+    *("4294967296", "9007199254740993", "9223372036854775807", "9223372036854775808", "-9223372036854775809"),
+    *("18446744073709551615", "18446744073709551616", "1e999", "-1e999", "1e-400", "NaN", "-Infinity", "inf"),
+    *("3.4028235e38", "3.4028236e38", "9007199254740993e-12", "9007.199254740993", "0.1000000000000000055"),
+    *("12345678901234567890.12", "1704103200123", "9223372036854776", "10000000000", "1.005", "100000e-5"),
+]
+STRINGS = [
+    *("", "1", "+1", ".5", "1_000", " 1.0", "nan", "1e2", "1.005", "AA==", "A", "é", "\x00", "\U0001f600"),
+    *("2024-01-01", "2024-02-30", "0000-01-01", "9999-12-31", "2024-01-01T10:00:00", "2024-01-01 10:00:00.5"),
+    *(
+        "2024-01-01T10:00:00Z",
+        "2024-01-01T10:00:00.123+02:00",
+        "2024-01-01T10:00:00.1234",
+        "2024-01-01T24:00:00",
+    ),
+    *(
+        "2016-12-31T23:59:60Z",
+        "9999-12-31T23:59:59-14:00",
+        "0001-01-01T00:00:00+14:00",
+        "2024-01-01T10:00:00+0200",
+    ),
+]
+SCALARS = (
+    st.sampled_from(NUMERALS)
+    | st.sampled_from(STRINGS).map(json.dumps)
+    | st.sampled_from(STRINGS).map(lambda s: json.dumps(s, ensure_ascii=False))
+    | st.sampled_from(["null", "true", "false"])
+    | st.integers(-(2**70), 2**70).map(str)
+    | st.floats().map(json.dumps)
+    | st.text(max_size=5).map(json.dumps)
+)
+KEYS = st.sampled_from(["a", "b", "c", "d", "t", "A", "x"]).map(json.dumps)
+
+
+def _object(members: Sequence[tuple[str, str]]) -> str:
+    return "{" + ", ".join(f"{k}: {v}" for k, v in members) + "}"
+
+
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda xs: f"[{','.join(xs)}]")
+        | st.lists(st.tuples(KEYS, inner), max_size=3).map(_object)
+    ),
+    max_leaves=4,
+)
+OBJECTS = st.lists(st.tuples(KEYS, VALUES), max_size=5).map(_object)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """A document with one character dropped, doubled or replaced."""
+    text = draw(OBJECTS)
+    at = draw(st.integers(0, len(text)))
+    return (
+        text[:at] + draw(st.sampled_from(["", ",", '"', "]", "}", "\\", "0", "\n", "\x00"])) + text[at + 1 :]
+    )
+
+
+DOCUMENTS = st.one_of(OBJECTS, OBJECTS, OBJECTS, mutated(), VALUES).map(
+    lambda s: s.encode("utf-8", "surrogatepass")
+)
+RECORD = DOCUMENTS | st.binary(max_size=8) | st.none()
+BATCH = st.lists(RECORD, min_size=1, max_size=12)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def records(values: Sequence[bytes | None], start: int = 0) -> pa.Table:
+    n = len(values)
+    return pa.table(
+        {
+            "partition": pa.array([0] * n, pa.int32()),
+            "offset": pa.array(range(start, start + n), pa.int64()),
+            "timestamp": pa.array([0] * n, pa.timestamp("ms", "UTC")),
+            "key": pa.nulls(n, pa.binary()),
+            "value": pa.array(values, pa.binary()),
+            "headers": pa.nulls(n, RECORDS.field("headers").type),
+        },
+        schema=RECORDS,
+    )
+
+
+@cache
+def decoder(i: int) -> Decoder:
+    return Decoder("t", Schema.parse(SCHEMAS[i]))
+
+
+@cache
+def columns(i: int, bulk: bool) -> JsonColumns:
+    made = JsonColumns(Schema.parse(SCHEMAS[i]), private_connection())
+    if not bulk:
+        made._in_bulk = False  # every record goes to the record-by-record path
+    return made
+
+
+def comparable(table: pa.Table) -> list[str]:
+    """Rows that compare by digit and sign; times as counts, since Python's end at the year 9999."""
+    counted = pa.schema([pa.field(f.name, _counted(f.type)) for f in table.schema])
+    return [repr(row) for row in table.cast(counted).to_pylist()]
+
+
+def _counted(type_: pa.DataType) -> pa.DataType:
+    """The type with 64-bit counts for times."""
+    if pa.types.is_list(type_):
+        return pa.list_(_counted(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([pa.field(f.name, _counted(f.type)) for f in type_])
+    return pa.int64() if pa.types.is_timestamp(type_) else type_
+
+
+def outcome(decoded: Sequence[Decoded]) -> tuple[list[str], list[Any], int]:
+    rows = [r for d in decoded for r in comparable(d.frame)]
+    dead = [(r["offset"], r["value"], r["error"]) for d in decoded for r in d.dead.to_pylist()]
+    return rows, dead, sum(d.tombstones for d in decoded)
+
+
+@pytest.mark.parametrize("i", range(len(SCHEMAS)))
+@QUICK
+@given(values=BATCH, cuts=st.sets(st.integers(1, 11)))
+def test_any_cut_of_a_batch_gives_the_same(i: int, values: list[bytes | None], cuts: set[int]) -> None:
+    """Kills: a decision for a whole batch (its types, its time spelling) that changes one of its records."""
+    edges = [0, *sorted(c for c in cuts if c < len(values)), len(values)]
+    parts = [decoder(i).decode(records(values[a:b], a)) for a, b in itertools.pairwise(edges)]
+    whole = decoder(i).decode(records(values))
+    assert outcome(parts) == outcome([whole])
+    assert all(p.frame.schema == whole.frame.schema for p in parts)
+    assert whole.frame.num_rows + whole.dead.num_rows + whole.tombstones == len(values)
+
+
+@pytest.mark.parametrize("i", range(len(SCHEMAS)))
+@QUICK
+@given(texts=st.lists(DOCUMENTS, min_size=1, max_size=12))
+def test_bulk_equals_record_by_record(i: int, texts: list[bytes]) -> None:
+    """Kills: coercion, rounding, or another duplicate, infinity or zero in the bulk parser."""
+    given_texts = pa.chunked_array([[t.decode("utf-8", "replace") for t in texts]], pa.string())
+    rows, good, errors = columns(i, True).decode(given_texts)
+    strict_rows, strict_good, strict_errors = columns(i, False).decode(given_texts)
+    assert good.tolist() == strict_good.tolist()
+    assert comparable(rows) == comparable(strict_rows)
+    assert errors == strict_errors
+    assert rows.schema.types == strict_rows.schema.types
+
+
+@pytest.mark.parametrize("i", range(len(SCHEMAS)))
+def test_every_odd_value_in_every_field(i: int) -> None:
+    """Kills: one numeral or text at an edge that the bulk parser takes for another."""
+    odd = [*NUMERALS, *map(json.dumps, STRINGS)]
+    odd += [f"[{v}]" for v in odd] + [f'{{"{key}": {v}}}' for v in odd for key in "abct"]
+    required = "".join(f', "{f.name}": "1", "{f.name}": 1' for f in columns(i, True).schema if f.required)
+    texts = [f'{{"{name}": {v}{required}}}' for name in "abcd" for v in odd]
+    given_texts = pa.chunked_array([texts], pa.string())
+    rows, good, errors = columns(i, True).decode(given_texts)
+    strict_rows, strict_good, strict_errors = columns(i, False).decode(given_texts)
+    assert (good.tolist(), errors) == (strict_good.tolist(), strict_errors)
+    assert comparable(rows) == comparable(strict_rows)
+
+
+def test_the_bulk_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: a bulk path that never runs, which would make the law above say nothing."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("record by record")
+
+    monkeypatch.setattr(json_columns.strict, "row", never)
+    value = b'{"a":1,"b":"x","c":1.5,"d":true}'
+    assert decoder(0).decode(records([value] * 3)).frame.num_rows == 3
+
+
+@QUICK
+@given(values=st.lists(DOCUMENTS, min_size=1, max_size=6))
+def test_an_inferred_schema_fits_its_records(values: list[bytes]) -> None:
+    """Kills: a type that some of the records it was taken from do not have."""
+    probe = JsonColumns(Schema.parse({"zz": "str"}), private_connection())
+    texts = [v.decode("utf-8", "replace") for v in values]
+    _, valid, _ = probe.decode(pa.chunked_array([texts], pa.string()))
+    kept = [t.encode() for t, ok in zip(texts, valid, strict=True) if ok]
+    try:
+        schema = infer_schema(kept)
+    except ConfigError:
+        return
+    assert Decoder("t", schema).decode(records(kept)).dead["error"].to_pylist() == []
