@@ -4,7 +4,7 @@ The layout, top to bottom; imports point down only::
 
     cli, demo                       commands
     pipeline                        what users touch
-    run, status, standalone         one run; what it tells; reading and writing without a pipeline
+    run, rebuild, status, standalone    one run; a table anew; what a run tells; topics without a pipeline
     engine, worker                  the batch protocol; its pure part
     source  batch  transform  commit  sinks  executors      the protocol's stages; siblings don't meet
     schema, model, errors           values

@@ -24,6 +24,7 @@ from kframe.errors import ConfigError, DefinitionError, Fenced, KframeError
 from kframe.executors.local import Executor
 from kframe.model import RECORDS, Fetched, RunReport
 from kframe.reading import Result, query
+from kframe.rebuild import rebuild
 from kframe.run import Run, stop_on_sigterm
 from kframe.schema import Schema
 from kframe.sinks.table import drop
@@ -433,6 +434,38 @@ class Pipeline:
         topics = kept["topic"].unique().to_pylist()
         records = {t: _as_records(kept.filter(pc.equal(kept["topic"], t))) for t in topics}
         return run.retry(Fetched((), records))
+
+    def rebuild(self, table: str) -> int:
+        """Compute one table anew from the retained log, under its definition of now, and swap it in at once.
+
+        The log is read up to the stored positions, which stay; so do the other tables.
+
+        Returns
+        -------
+        int
+            Records read.
+
+        Raises
+        ------
+        DefinitionError
+            No step makes `table`, or it reads another step's table, whose past is not kept.
+        LostRange
+            The log no longer goes back to the first record. Nothing has changed.
+        """
+        self.stop()
+        steps = {s.name: s for s in self._definition.steps}
+        if table not in steps:
+            raise DefinitionError(f"No step makes {table!r}.", hint=f"Tables: {', '.join(steps) or 'none'}.")
+        step = steps[table]
+        return rebuild(
+            self._store,
+            self._ledger,
+            self._open_source(),
+            step,
+            {t: self._definition.topics[t].decoder(self.schema(t)) for t in step.topics},
+            self._options.limits,
+            list(steps),
+        )
 
     def rewind(self, to: str = "earliest") -> None:
         """Move results, state and positions back together, to before the first record.

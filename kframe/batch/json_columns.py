@@ -319,7 +319,8 @@ def _signature_sql(schema: Schema) -> str:
 def _structure_sql(value: str) -> str:
     """SQL for the types inside a value. DuckDB's function for it is fatal to the database from 128 levels."""
     structure = f"json_structure({value})::VARCHAR"
-    return f"CASE WHEN strlen(t) < 200 THEN {structure} WHEN {_BRACKETS} < 100 THEN {structure} ELSE '\"deep\"' END"
+    cases = f"WHEN strlen(t) < 200 THEN {structure} WHEN {_BRACKETS} < 100 THEN {structure}"
+    return f"CASE {cases} ELSE '\"deep\"' END"
 
 
 def _doubt_sql(schema: Schema) -> str:

@@ -116,6 +116,15 @@ class Ledger:
         )
         return {TopicPartition(topic, part): Position(pos, epoch) for topic, part, pos, epoch in rows}
 
+    def first_positions(self) -> dict[TopicPartition, int]:
+        """Where the first batch of every partition began; its position when there was none."""
+        rows = self._read(
+            "SELECT r.topic, r.partition, min(r.start) FROM "
+            "(SELECT unnest(ranges) AS r FROM _kframe.batches WHERE pipeline = ?) GROUP BY ALL"
+        )
+        first = {TopicPartition(topic, partition): start for topic, partition, start in rows}
+        return {tp: first.get(tp, p.offset) for tp, p in self.positions().items()}
+
     def add_positions(self, cur: Cursor, new: Mapping[TopicPartition, Position]) -> None:
         """Begin partitions that the ledger has not seen."""
         for tp, position in new.items():

@@ -17,6 +17,7 @@ from kframe.errors import (
     DefinitionError,
     Fenced,
     KframeError,
+    LostRange,
     SchemaError,
     StepError,
     TooManyDeadLetters,
@@ -340,6 +341,27 @@ def test_rewind_moves_results_and_positions_together(tmp_path: Path) -> None:
         assert made.read("sums")["n"].sum() == 45
         with pytest.raises(ConfigError, match="in part"):
             made.rewind("batch 3")
+
+
+def test_rebuild_computes_one_table_anew_and_leaves_the_rest(tmp_path: Path) -> None:
+    log = orders(10)
+    with shop(tmp_path, log, batch_rows_max=3) as made:
+        made.land("orders")
+        made.aggregate("sums", source="orders", by="sku", n=("qty", "sum"))
+        made.run()
+        log.append("orders", {"sku": "s0", "qty": 1000})
+        made.aggregate("sums", source="orders", by="sku", n=("qty", "max"), u=("sku", "nunique"))
+        assert made.rebuild("sums") == 10
+        assert dict(made.sql("SELECT sku, n FROM sums").fetchall()) == {"s0": 9, "s1": 7, "s2": 8}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert made.run().rows == 1
+        assert dict(made.sql("SELECT sku, n FROM sums").fetchall()) == {"s0": 1000, "s1": 7, "s2": 8}
+        assert len(made.read("orders")) == 11
+        log.expire("orders", 5)
+        with pytest.raises(LostRange):
+            made.rebuild("sums")
+        assert len(made.read("sums")) == 3
 
 
 def test_positions_of_another_start(tmp_path: Path) -> None:
