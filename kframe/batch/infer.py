@@ -10,6 +10,7 @@ from kframe.batch import strict
 from kframe.errors import ConfigError, DefinitionError
 from kframe.schema import Schema, Type, parse_type
 
+_NUMBERS = [parse_type(text) for text in ("int64", "float64")]
 _TIMES = [parse_type(text) for text in ("date", "timestamp[us]", "timestamp[us, UTC]")]
 
 
@@ -86,7 +87,7 @@ def _type(given: list[Any]) -> str:
 
 
 def _number(numbers: list[str]) -> str:
-    return "int64" if all(_fits(parse_type("int64"), n) for n in numbers) else "float64"
+    return next((t.text for t in _NUMBERS if all(_fits(t, n) for n in numbers)), "json")
 
 
 def _text(texts: list[str]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -276,10 +275,10 @@ def _describe(text: str) -> str:
 
 def _program() -> str:
     """The owner as others will read it: the notebook kernel's id, or the script's name."""
-    kernel = re.search(r"kernel-([0-9a-f-]{8,})\.json", " ".join(sys.argv))
-    if kernel:
-        return f"notebook kernel {kernel[1]}"
-    return os.path.basename(sys.argv[0] or "") or "an interactive Python"
+    program = os.path.basename(sys.argv[0] or "")
+    if program.startswith("ipykernel"):
+        return f"notebook kernel {Path(sys.argv[-1]).stem.removeprefix('kernel-')}"
+    return program or "an interactive Python"
 
 
 def _forget(ref: weakref.ref[Store]) -> Callable[[], None]:

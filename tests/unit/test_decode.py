@@ -489,3 +489,15 @@ def test_unusable_options_are_refused(options: dict[str, Any]) -> None:
     """Kills: finding out at the first record."""
     with pytest.raises(DefinitionError):
         Decoder("t", Schema.parse({"a": "str"}), **options)
+
+
+def test_deep_nesting_neither_stops_the_decoder_nor_depends_on_the_batch() -> None:
+    """Kills: asking the database for the types inside a deep value, which ends its connection for good."""
+    decoder = Decoder("orders", Schema.parse({"a": "list<int64>"}))
+    for depth in (90, 127, 128, 129, 500, 501, 5_000):
+        deep = b'{"a":[1],"z":' + b"[" * depth + b"]" * depth + b"}"
+        bad = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+        done = decoder.decode(records([b'{"a":[1]}', deep, bad, b'{"a":[2]}']))
+        fits = depth < strict.DEPTH_MAX
+        assert done.frame["a"].to_pylist() == [[1], *([[1]] if fits else []), [2]]
+        assert done.dead.num_rows == (1 if fits else 2)

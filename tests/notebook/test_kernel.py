@@ -1,0 +1,122 @@
+"""Pipelines in a real notebook kernel: interrupts, re-run cells, a second kernel, quiet threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.manager import KernelManager, start_new_kernel
+
+DEFINE = """
+import threading
+import kframe as kf
+from kframe.testing import MemorySource
+log = MemorySource({{"orders": [{{"n": i}} for i in range(10)]}})
+shop = kf.Pipeline({path!r}, source=log, commit_interval_ms=20)
+shop.topic("orders", schema={{"n": "int64"}})
+shop.land("orders", table="rows")
+"""
+
+Kernel = tuple[KernelManager, BlockingKernelClient]
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    manager, client = start_new_kernel()
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def run(kernel: Kernel, code: str, *, interrupt_at: str | None = None) -> tuple[str, str]:
+    """Run a cell; what it printed and the name of its error. Interrupts when `interrupt_at` is printed."""
+    manager, client = kernel
+    printed: list[str] = []
+
+    def see(message: dict[str, object]) -> None:
+        content = message["content"]
+        assert isinstance(content, dict)
+        if message["msg_type"] == "stream":
+            printed.append(content["text"])
+            if interrupt_at is not None and interrupt_at in content["text"]:
+                manager.interrupt_kernel()
+        elif message["msg_type"] == "error":
+            printed.append("\n".join(content["traceback"]))
+
+    reply = client.execute_interactive(code, timeout=60, output_hook=see)
+    return "".join(printed), reply["content"].get("ename", "")
+
+
+def test_the_stop_button_during_run_rolls_back_and_leaves_a_usable_pipeline(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    """Kills: a connection broken by the interrupt, or a batch half written."""
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    slow = """
+@shop.table("slow", inputs=["orders"])
+def slow(batch):
+    print("inside", flush=True)
+    threading.Event().wait(30)
+    return batch
+shop.run()
+"""
+    told, error = run(kernel, slow, interrupt_at="inside")
+    assert error == "KeyboardInterrupt"
+    assert "rolled back" in told
+    again = """
+shop.table("slow", inputs=["orders"])(lambda batch: batch)
+print(shop.run().rows, len(shop.read("slow")))
+"""
+    assert run(kernel, again) == ("10 10\n", "")
+
+
+def test_the_stop_button_during_wait_and_sql(kernel: Kernel, tmp_path: Path) -> None:
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    run(kernel, "shop.start()")
+    _, error = run(kernel, "print('waiting', flush=True)\nshop.wait()", interrupt_at="waiting")
+    assert error == "KeyboardInterrupt"
+    long = """
+print("asking", flush=True)
+shop.sql("SELECT count(*) FROM range(100_000_000_000) a WHERE hash(a.range) = 1")
+"""
+    _, error = run(kernel, long, interrupt_at="asking")
+    assert error == "KeyboardInterrupt"
+    told = run(kernel, "print(shop.status().state, len(shop.read('rows')))\nshop.stop()")
+    assert told == ("running 10\n", "")
+
+
+def test_a_cell_that_runs_again_stops_the_old_run(kernel: Kernel, tmp_path: Path) -> None:
+    cell = DEFINE.format(path=str(tmp_path / "p.duckdb")) + "shop.start()\n"
+    run(kernel, cell + "first = shop")
+    told = run(kernel, cell + "print(first.status().state, shop.status().state in ('new', 'running'))")
+    assert told == ("stopped True\n", "")
+
+
+def test_a_second_kernel_is_told_who_has_the_file(kernel: Kernel, tmp_path: Path) -> None:
+    cell = DEFINE.format(path=str(tmp_path / "p.duckdb"))
+    assert run(kernel, cell)[1] == ""
+    manager, client = start_new_kernel()
+    try:
+        told, error = run((manager, client), cell)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert error == "StoreLocked"
+    assert "notebook kernel" in told
+    assert f"PID {run(kernel, 'import os; print(os.getpid())')[0].strip()}" in told
+
+
+def test_a_background_run_prints_into_no_cell(kernel: Kernel, tmp_path: Path) -> None:
+    """Kills: a print or a traceback from the thread."""
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    failing = """
+shop.table("broken", inputs=["orders"])(lambda batch: batch.nothing)
+shop.start()
+ended = shop._run.ended.wait(20)
+"""
+    assert run(kernel, failing) == ("", "")
+    told, error = run(kernel, "shop.wait()")
+    assert error == "StepError"
+    assert "Step 'broken' raised AttributeError" in told
