@@ -178,7 +178,8 @@ def registered(cur: duckdb.DuckDBPyConnection, name: str, data: object) -> Itera
     try:
         yield quote(name)
     finally:
-        cur.unregister(name)
+        with contextlib.suppress(duckdb.Error):  # an aborted transaction refuses it; its own error matters
+            cur.unregister(name)
 
 
 def quote(name: str) -> str:
@@ -205,7 +206,7 @@ def _connect(path: str) -> duckdb.DuckDBPyConnection:
         if "lock" in str(error).lower():
             raise _locked(path, str(error)) from error
         raise _damaged(path, error) from error
-    except (duckdb.SerializationException, duckdb.FatalException, duckdb.InternalException) as error:
+    except duckdb.Error as error:  # of several types: a damaged WAL is the base class itself
         raise _damaged(path, error) from error
     return con
 

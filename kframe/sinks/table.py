@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -140,7 +140,7 @@ def _stored(cur: duckdb.DuckDBPyConnection, change: Change) -> pa.Schema | None:
     """The table's schema; None when there is no such table."""
     try:
         return cur.sql(f"SELECT * FROM {_target(change)} LIMIT 0").to_arrow_table().schema
-    except duckdb.CatalogException:
+    except (duckdb.CatalogException, duckdb.PermissionException):  # the latter for "orders.csv": no file is read
         return None
 
 
@@ -292,4 +292,5 @@ def _registered(cur: duckdb.DuckDBPyConnection, rows: pa.Table) -> Iterator[str]
     try:
         yield _quote(name)
     finally:
-        cur.unregister(name)
+        with suppress(duckdb.Error):  # an aborted transaction refuses it; its own error matters
+            cur.unregister(name)

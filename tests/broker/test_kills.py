@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 KILLS = 200
-RECORDS = 20_000
+RECORDS = 30_000
 PARTITIONS = 4
 ROWS = 40  # of one batch, so that a session that lives for a few batches leaves most of the log to the next
 
@@ -33,9 +33,7 @@ ROWS = 40  # of one batch, so that a session that lives for a few batches leaves
 
 def pipeline(path: str, brokers: str, topic: str, at_edge: Any) -> Any:
     import kframe as kf
-    import kframe.source.reader as reader  # type: ignore[import-not-found,unused-ignore]
 
-    reader._CONSUME_ROWS = ROWS
     shop = kf.Pipeline(path, brokers=brokers, batch_rows_max=ROWS, commit_interval_ms=200, at_edge=at_edge)
     shop.topic(topic, schema={"sku": "str", "qty": "int64"}, include=["partition", "offset"])
     shop.land(topic, table="landed")
@@ -143,7 +141,9 @@ def produce(brokers: str, topic: str, count: int, random_: random.Random) -> lis
         for _ in range(random_.randint(20, 400)):
             key, qty = random_.randrange(40), written
 
-            def delivered(error: Any, message: Any, sku: str = f"s{key}", qty: int = qty) -> None:
+            def delivered(
+                error: Any, message: Any, sku: str = f"s{key}", qty: int = qty, sent: Any = sent
+            ) -> None:
                 assert error is None, error
                 sent.append((message.partition(), message.offset(), sku, qty))
 
@@ -171,7 +171,9 @@ def test_two_hundred_kills_lose_and_double_nothing(
     hits: Counter[str] = Counter()
     began = time.monotonic()
     with fork_server() as server:
-        assert server.session(edge="committed", **where) == -signal.SIGKILL  # the file is there, and one batch
+        assert (
+            server.session(edge="committed", **where) == -signal.SIGKILL
+        )  # the file is there, and one batch
         hits["committed"] += 1
         while hits.total() < KILLS:
             at_edge = hits.total() % 2 == 0
@@ -194,7 +196,7 @@ def test_two_hundred_kills_lose_and_double_nothing(
 
 
 def check(shop: Any, expected: list[tuple[int, int, str, int]]) -> None:
-    landed = shop.sql('SELECT _partition, _offset, sku, qty FROM landed').arrow()
+    landed = shop.sql("SELECT _partition, _offset, sku, qty FROM landed").arrow()
     rows = sorted(zip(*(column.to_pylist() for column in landed.columns), strict=True))
     lost, surplus = set(expected) - set(rows), set(rows) - set(expected)
     doubled = len(rows) - len(set(rows))

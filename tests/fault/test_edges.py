@@ -15,7 +15,19 @@ import pandas as pd
 import pytest
 
 import kframe as kf
-from kframe.testing import EDGES, Fault, Faults, InjectedFault, MemorySource, add, check, crash, play, resume, run
+from kframe.testing import (
+    EDGES,
+    Fault,
+    Faults,
+    InjectedFault,
+    MemorySource,
+    add,
+    check,
+    crash,
+    play,
+    resume,
+    run,
+)
 
 N = 60
 BATCH = 10
@@ -91,7 +103,7 @@ def test_a_raise_at_an_edge(
 def test_a_raise_at_an_edge_then_the_same_object_again(
     edge: str, tmp_path: Path, undisturbed: dict[str, pd.DataFrame]
 ) -> None:
-    """Kills: what a rolled-back batch changed in memory (positions, schemas, batch ids) kept for the next run."""
+    """Kills: what a rolled-back batch changed in memory (positions, batch ids) kept for the next."""
     faults = Faults(Fault(edge, at=2))
     with shop(tmp_path / "shop.duckdb", faults) as pipeline:
         with pytest.raises(InjectedFault):

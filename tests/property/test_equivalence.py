@@ -197,7 +197,7 @@ def one_pandas_pass(rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
         "latest": last.loc[~last.qty.lt(0).fillna(False), ["sku", "_partition", "qty", "_offset"]],
         "titled": titled(landed, PRODUCTS),
         "stats": in_time.groupby("sku", dropna=False).agg(**MEASURES).reset_index(),
-        "doubled": df.loc[df.qty.gt(0).fillna(False), ["sku"]].assign(twice=2 * df.qty),
+        "doubled": df.assign(twice=2 * df.qty).loc[df.qty.gt(0).fillna(False), ["sku", "twice"]],
     }
 
 
@@ -247,7 +247,7 @@ def check(shop: kf.Pipeline, world: World) -> None:
     assert sorted(zip(dead["partition"], dead["offset"], strict=True)) == sorted(world.dead)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(PHASES)
 def test_tables_do_not_depend_on_batches_or_crashes(phases: list[Phase]) -> None:
     world = World()

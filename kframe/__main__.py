@@ -1,0 +1,7 @@
+"""``python -m kframe``."""
+
+import sys
+
+from kframe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,132 @@
+"""The command ``kframe``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from kframe.broker import local_kafka
+from kframe.commit.repair import repair
+from kframe.commit.store import Store, open_store
+from kframe.errors import ConfigError, KframeError
+from kframe.pipeline import Pipeline
+from kframe.standalone import peek
+
+_POSITIONS = """
+SELECT pipeline, topic, partition, position FROM _kframe.positions
+WHERE $1 IS NULL OR pipeline = $1 ORDER BY pipeline, topic, partition"""
+
+_STATUS = """
+SELECT p.name AS pipeline, p.epoch, p.owner AS last_owner, p.next_batch_id AS batches,
+    (SELECT coalesce(sum(rows), 0) FROM _kframe.batches b WHERE b.pipeline = p.name) AS rows,
+    (SELECT count(*) FROM _kframe.dead_letters d WHERE d.pipeline = p.name) AS dead_letters,
+    (SELECT count(*) FROM _kframe.gaps g WHERE g.pipeline = p.name) AS gaps,
+    (SELECT max(committed_at) FROM _kframe.batches b WHERE b.pipeline = p.name) AS last_commit
+FROM _kframe.pipelines p ORDER BY p.name"""
+
+_DEAD_LETTERS = """
+SELECT pipeline, topic, partition, "offset", "timestamp", error FROM _kframe.dead_letters
+ORDER BY pipeline, topic, partition, "offset" """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 when kframe says no, or 130 after Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.command(args) or 0)
+    except KframeError as error:
+        print(f"kframe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kframe: interrupted; what was committed stands.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kframe", description="Kafka to DuckDB tables, exactly once.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="real flights through a real Kafka, killed half-way and resumed")
+    demo.add_argument("--folder", help="keep the tables and the log there")
+    demo.set_defaults(command=_demo)
+
+    broker = commands.add_parser("broker", help="a real Apache Kafka on loopback, until Ctrl-C")
+    broker.add_argument("--folder", help="keep its data there")
+    broker.add_argument("--port", type=int)
+    broker.set_defaults(command=_broker)
+
+    run = commands.add_parser("run", help="run a pipeline defined in a module")
+    run.add_argument("target", metavar="MODULE:PIPELINE")
+    run.add_argument("--until", choices=("end", "forever"), default="forever")
+    run.set_defaults(command=_run)
+
+    look = commands.add_parser("peek", help="a topic's first records and the schema they suggest")
+    look.add_argument("topic")
+    look.add_argument("--brokers", required=True)
+    look.add_argument("-n", type=int, default=5, help="records to show")
+    look.set_defaults(command=lambda args: print(peek(args.topic, brokers=args.brokers, n=args.n)))
+
+    for name, query, told in (
+        ("status", _STATUS, "the pipelines in a file"),
+        ("offsets", _POSITIONS, "their positions"),
+        ("dead-letters", _DEAD_LETTERS, "records that could not be decoded"),
+    ):
+        shown = commands.add_parser(name, help=told)
+        shown.add_argument("file")
+        shown.set_defaults(command=_show, query=query, pipeline=None)
+        if name == "offsets":
+            shown.add_argument("--pipeline")
+
+    mend = commands.add_parser("repair", help="drop the damaged end of a file's write-ahead log")
+    mend.add_argument("file")
+    mend.set_defaults(command=lambda args: print(repair(args.file)))
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from kframe.demo import demo  # its data is an extra
+
+    return demo(args.folder)
+
+
+def _broker(args: argparse.Namespace) -> None:
+    with local_kafka(args.folder, port=args.port) as kafka:
+        print(f"Apache Kafka at {kafka.brokers}   (data in {kafka.folder}; Ctrl-C ends it)", flush=True)
+        print(f'    kf.Pipeline("shop.duckdb", brokers="{kafka.brokers}")', flush=True)
+        threading.Event().wait()
+
+
+def _run(args: argparse.Namespace) -> None:
+    module, _, name = args.target.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        pipeline = getattr(importlib.import_module(module), name or "pipeline")
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{args.target}: {error}.", hint="Write it as module:variable.") from None
+    if not isinstance(pipeline, Pipeline):
+        raise ConfigError(f"{args.target} is a {type(pipeline).__name__}, not a Pipeline.")
+    with pipeline:
+        print(pipeline.run(until="end" if args.until == "end" else None))
+
+
+def _show(args: argparse.Namespace) -> None:
+    with _opened(args.file) as store:
+        parameters = [args.pipeline] if "$1" in args.query else None
+        rows = store.cursor().sql(args.query, params=parameters).to_arrow_table().to_pandas()
+    print(rows.to_string(index=False) if len(rows) else "none")
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Store]:
+    if not os.path.exists(file):
+        raise ConfigError(f"There is no file {file}.")
+    store = open_store(file)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,99 @@
+"""The law of the layout: imports point down only; and the public names."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kframe as kf
+import kframe.testing
+
+ROOT = Path(kf.__file__).parent
+LAYERS = [
+    {"cli", "__main__", "demo", "notebook"},
+    {"testing"},
+    {"pipeline"},
+    {"run", "status", "standalone", "reading", "rebuild", "definition", "config"},
+    {"engine", "worker"},
+    {"source", "batch", "transform", "commit", "sinks", "executors"},
+    {"schema", "model", "errors"},
+]
+"""Top to bottom, as in the note in `kframe`."""
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+BESIDE = {"broker", "broker_guard", "kafka_jars"}
+"""A real broker, beside the library: it imports errors alone, and only commands and the package import it."""
+STAGES = LAYERS[5]
+MEET = {
+    ("source", "batch"),  # reading a bounded set of offsets goes by the plan
+    ("commit", "transform"),
+}
+"""Stages that import another one."""
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, also inside functions, but not for type checking."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {
+                f"{node.module}.{a.name}" if node.module == "kframe" else node.module for a in node.names
+            }
+    return found
+
+
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def own_room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_its_place() -> None:
+    assert {own_room(p) for p in FILES} <= RANK.keys() | BESIDE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_only(path: Path) -> None:
+    here = own_room(path)
+    for there in {room(m) for m in imports(path) if m.startswith("kframe.")} - {here}:
+        if here in BESIDE or there in BESIDE:
+            assert there in {"errors", *BESIDE} or here in LAYERS[0], f"{here} imports {there}"
+            continue
+        assert RANK[there] >= RANK[here], f"{here} imports {there}, which is above it"
+        if here in STAGES and there in STAGES:
+            assert (here, there) in MEET, f"siblings: {here} imports {there}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if own_room(p) == "transform" or p.stem == "plan"], ids=str
+)
+def test_plan_and_transform_know_no_kafka(path: Path) -> None:
+    assert not any(m.startswith("confluent_kafka") for m in imports(path))
+
+
+def test_the_client_stays_in_its_rooms() -> None:
+    users = {own_room(p) for p in FILES if any(m.startswith("confluent_kafka") for m in imports(p))}
+    assert users <= {"source", "broker", "standalone", "demo", "cli"}
+
+
+def test_only_the_transaction_begins_and_commits() -> None:
+    """Kills: a COMMIT elsewhere. Reading has a snapshot of its own, which it rolls back."""
+    found = {str(p.relative_to(ROOT)) for p in FILES if 'execute("COMMIT")' in p.read_text()}
+    assert found == {"commit/transaction.py"}
+
+
+def test_exported_names() -> None:
+    assert sorted(kf.__all__) == kf.__all__
+    assert all(hasattr(kf, name) for name in kf.__all__)
+    assert {"Pipeline", "RunReport", "errors", "local_kafka", "peek", "read", "write"} <= set(kf.__all__)
+    assert sorted(kframe.testing.__all__) == kframe.testing.__all__
+    assert all(hasattr(kframe.testing, name) for name in kframe.testing.__all__)
