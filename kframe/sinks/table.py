@@ -140,7 +140,10 @@ def _stored(cur: duckdb.DuckDBPyConnection, change: Change) -> pa.Schema | None:
     """The table's schema; None when there is no such table."""
     try:
         return cur.sql(f"SELECT * FROM {_target(change)} LIMIT 0").to_arrow_table().schema
-    except (duckdb.CatalogException, duckdb.PermissionException):  # the latter for "orders.csv": no file is read
+    except (
+        duckdb.CatalogException,
+        duckdb.PermissionException,
+    ):  # the latter for "orders.csv": no file is read
         return None
 
 

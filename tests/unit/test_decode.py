@@ -501,3 +501,10 @@ def test_deep_nesting_neither_stops_the_decoder_nor_depends_on_the_batch() -> No
         fits = depth < strict.DEPTH_MAX
         assert done.frame["a"].to_pylist() == [[1], *([[1]] if fits else []), [2]]
         assert done.dead.num_rows == (1 if fits else 2)
+
+
+def test_a_text_of_digits_is_no_time_beside_integers() -> None:
+    """Kills: letting texts into the group whose times are parsed as integers, which takes "5" for 5."""
+    done = decode({"a": "timestamp[ms]"}, [b'{"a":1}', b'{"a":2}', b'{"a":"5"}'])
+    assert done.frame["a"].cast(pa.int64()).to_pylist() == [1, 2]
+    assert done.dead["error"].to_pylist() == ['a: expected timestamp[ms], got string "5"']
