@@ -125,7 +125,8 @@ def by_hand(brokers: str, path: str, job: str) -> None:
             sums = sums.reset_index()
             con.execute(
                 "INSERT INTO totals SELECT * FROM sums ON CONFLICT (sku) "
-                "DO UPDATE SET n = totals.n + excluded.n, qty = totals.qty + excluded.qty, revenue = totals.revenue + excluded.revenue"
+                "DO UPDATE SET n = totals.n + excluded.n, qty = totals.qty + excluded.qty, "
+                "revenue = totals.revenue + excluded.revenue"
             )
         for p, position in positions.items():
             con.execute("INSERT OR REPLACE INTO positions VALUES (?, ?)", [p, position])

@@ -235,7 +235,7 @@ def _run_and_kill(file: str, brokers: str, total: int) -> str:
 
 
 def child(file: str, brokers: str, half: int) -> None:
-    """The process that gets killed: it tells each commit, and waits inside the first transaction past `half`."""
+    """The process that gets killed: it tells each commit, and waits in the first transaction past `half`."""
 
     def at_edge(edge: str) -> None:
         if edge == "committed":
