@@ -90,14 +90,17 @@ RECORDS = st.builds(
     value=st.one_of(VALUES, VALUES, VALUES, VALUES, BROKEN, TOMBSTONE),
 )
 FAULTS = st.builds(
-    Fault, st.sampled_from(EDGES), st.sampled_from(["exception", "interrupt"]), st.integers(1, 3)
+    Fault,
+    st.sampled_from([*EDGES, "rows_written", "positions_written", "positions_written"]),
+    st.sampled_from(["exception", "interrupt"]),
+    st.sampled_from([1, 1, 2, 3]),
 )
 PHASES = st.lists(
     st.builds(
         Phase,
         records=st.lists(RECORDS, max_size=12),
         partitions=st.integers(1, 3),
-        fault=st.none() | FAULTS,
+        fault=st.one_of(FAULTS, FAULTS, st.none()),
         batch_rows_max=st.sampled_from([1, 2, 3, 5, 8, 1000]),
     ),
     min_size=1,
@@ -247,7 +250,7 @@ def check(shop: kf.Pipeline, world: World) -> None:
     assert sorted(zip(dead["partition"], dead["offset"], strict=True)) == sorted(world.dead)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(PHASES)
 def test_tables_do_not_depend_on_batches_or_crashes(phases: list[Phase]) -> None:
     world = World()
