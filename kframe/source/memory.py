@@ -43,7 +43,6 @@ class MemorySource:
     def __init__(self, topics: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._logs: dict[str, list[_Log]] = {}
         self._ids: dict[str, int] = {}
-        self._next: dict[TopicPartition, int] = {}
         self._stops: Mapping[TopicPartition, int] | None = None
         self._changed = threading.Condition()
         for topic, values in (topics or {}).items():
@@ -154,7 +153,6 @@ class MemorySource:
         ]
         if expired or ahead:
             raise LostRange.of(expired, ahead)
-        self._next = {tp: p.offset for tp, p in positions.items()}
         self._stops = stops
 
     def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
@@ -167,8 +165,7 @@ class MemorySource:
         room = limits.rows_max
         for r in plan:
             log = self._logs[r.topic][r.partition]
-            start = self._next.get(r.tp, r.start)
-            stop = min(log.end, r.stop)
+            start, stop = r.start, min(log.end, r.stop)
             taken = [x for x in log.records if start <= x["offset"] < stop]
             if len(taken) > room:
                 stop = taken[room]["offset"]
@@ -177,7 +174,6 @@ class MemorySource:
                 ranges.append(OffsetRange(r.topic, r.partition, start, stop, 0))
                 rows.setdefault(r.topic, []).extend(taken)
                 room -= len(taken)
-                self._next[r.tp] = stop
         return Fetched(
             tuple(ranges), {t: pa.Table.from_pylist(part, RECORDS) for t, part in rows.items() if part}
         )
@@ -193,7 +189,7 @@ class MemorySource:
         """Nothing to close."""
 
     def _has_more(self, plan: tuple[OffsetRange, ...]) -> bool:
-        return any(self._logs[r.topic][r.partition].end > self._next.get(r.tp, r.start) for r in plan)
+        return any(self._logs[r.topic][r.partition].end > r.start for r in plan)
 
     def _offset(self, tp: TopicPartition, at: Start) -> int:
         log = self._logs[tp.topic][tp.partition]

@@ -13,7 +13,7 @@ import confluent_kafka as ck
 import numpy as np
 import pyarrow as pa
 
-from kframe.errors import UnreadableRecord
+from kframe.errors import Fatal, UnreadableRecord
 from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
 
 TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.KafkaError._TIMED_OUT}
@@ -71,6 +71,7 @@ class Reader:
         self._headers = headers
         self._alive = alive
         self._next = {tp: p.offset for tp, p in positions.items()}
+        self._taken = dict(self._next)
         self._open = {tp for tp in positions if stops is None or self._next[tp] < stops[tp]}
         self._topics = {tp.topic for tp in self._open}
         self._queue: deque[_Chunk] = deque()
@@ -92,6 +93,7 @@ class Reader:
 
         Raises what ended the fetching, once everything before it has been taken.
         """
+        self._check_plan(plan)
         chunks: list[_Chunk] = []
         rows = size = 0
         deadline = time.monotonic() + limits.interval_s
@@ -111,7 +113,19 @@ class Reader:
                         break
                     raise self._failure
                 self._changed.wait(min(left, _POLL_TIMEOUT_S))
+        for chunk in chunks:
+            self._taken.update((tp, position.offset) for tp, position in chunk.next.items())
         return _fetched(plan, chunks)
+
+    def _check_plan(self, plan: tuple[OffsetRange, ...]) -> None:
+        """A plan that begins elsewhere than the last `take` ended would skip records, or read them twice."""
+        for r in plan:
+            if self._taken.get(r.tp) != r.start:
+                raise Fatal(
+                    f"{r.tp} is at {self._taken.get(r.tp)} in the reader, but at {r.start} in the ledger.",
+                    kept="Nothing of this batch was committed.",
+                    hint="Run again: it begins at the ledger's positions. Please report this defect.",
+                )
 
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Have the fetching thread commit `positions` to the group; a call from here would wait for it."""
