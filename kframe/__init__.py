@@ -4,10 +4,12 @@ The layout, top to bottom; imports point down only::
 
     cli, demo                       commands
     pipeline                        what users touch
-    run, rebuild, status, standalone    one run; a table anew; what a run tells; topics without a pipeline
-    engine, worker                  the batch protocol; its pure part
+    run, rebuild, reading, status   one run; a table anew; queries; what a run tells
+    standalone                      topics without a pipeline
+    definition, config              what a pipeline is made of; its options
+    engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
     source  batch  transform  commit  sinks  executors      the protocol's stages; siblings don't meet
-    schema, model, errors           values
+    schema, model, errors, timings  values
 
 `kframe.testing` and `kframe.broker` stand beside: a log in memory and faults for users' own tests, and a
 real Apache Kafka on loopback.

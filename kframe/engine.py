@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import duckdb
 import pyarrow as pa
 
+from kframe.ahead import Ahead, Prepared
 from kframe.batch.decode import Decoder
 from kframe.batch.plan import plan_batch, split, tiled
 from kframe.commit.ledger import Ledger, now
@@ -27,9 +28,10 @@ from kframe.executors.local import Executor
 from kframe.model import BatchReport, Change, Fetched, Limits, OffsetRange, Partial, Position, TopicPartition
 from kframe.sinks.table import prepare, write
 from kframe.source.protocol import Source
+from kframe.timings import Timings
 from kframe.transform.lookup import table_rows, table_schema
 from kframe.transform.step import Step
-from kframe.worker import AtEdge, Timings, Worker, complete, run_step, touched
+from kframe.worker import AtEdge, Worker, complete, run_step, touched
 
 EDGES = (
     "planned",
@@ -97,6 +99,7 @@ class Engine:
         self._at_edge = at_edge
         self._defined: Sequence[Step] | None = None
         self._worker: Worker | None = None
+        self._ahead = Ahead(self._read, enabled=not any(d.learns for d in decoders.values()))
 
     # ---- the protocol -------------------------------------------------------------------------------
 
@@ -118,8 +121,17 @@ class Engine:
     def retry(self, records: Fetched) -> BatchReport:
         """Run records that are already paid for (dead letters) through the steps, without new positions."""
         steps = self._steps()
-        partial = self._task(steps).transform(records, Timings())
+        partial = self._task(steps).transform(Prepared(records, self.decoders, Timings()))
         return self._commit(steps, [partial], (), replaces_dead_letters=True)
+
+    def restart_source(self) -> None:
+        """Read on from the ledger's positions: after trouble, or when partitions were added."""
+        self._ahead.drop()
+        self.source.start(self.positions, self.stops)
+
+    def close(self) -> None:
+        """End what was begun in advance. The run has been told to stop, so that nothing waits for records."""
+        self._ahead.close()
 
     @property
     def done(self) -> bool:
@@ -166,11 +178,17 @@ class Engine:
 
     def _task(self, steps: Sequence[Step]) -> Worker:
         if self._worker is None or self._worker.steps is not steps:
-            self._worker = Worker(self._fetch, self.decoders, steps, self._at_edge)
+            self._worker = Worker(self._ahead.take, self.decoders, steps)
         return self._worker
 
-    def _fetch(self, plan: tuple[OffsetRange, ...]) -> Fetched:
-        return self.source.fetch(plan, self.limits, self._stopped)
+    def _read(self, plan: tuple[OffsetRange, ...]) -> Prepared:
+        timings = Timings()
+        with timings.stage("fetch"):
+            fetched = self.source.fetch(plan, self.limits, self._stopped)
+        self._at_edge("fetched")
+        prepared = Prepared(fetched, self.decoders, timings)
+        self._at_edge("decoded")
+        return prepared
 
     def _changes(
         self, steps: Sequence[Step], partials: Sequence[Partial], ranges: tuple[OffsetRange, ...]

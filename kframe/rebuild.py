@@ -62,8 +62,11 @@ def rebuild(
         try:
             _copy_side_tables(store, shadow, step)
             engine = _engine(shadow, ledger.pipeline, source, step, decoders, limits, starts, stops)
-            while not engine.done:
-                engine.run_batch()
+            try:
+                while not engine.done:
+                    engine.run_batch()
+            finally:
+                engine.close()
             _swap(store, ledger, shadow, step, {t: d.empty().schema for t, d in decoders.items()})
             return engine.rows
         finally:

@@ -133,8 +133,7 @@ class Run:
                 raise
             raise error from None
         finally:
-            self._source.close()
-            self.ended.set()
+            self._end()
 
     def retry(self, records: Fetched) -> RunReport:
         """Run dead letters through the steps once more, in one transaction."""
@@ -148,8 +147,14 @@ class Run:
             self.error, self.state = error, "failed"
             raise
         finally:
-            self._source.close()
-            self.ended.set()
+            self._end()
+
+    def _end(self) -> None:
+        self._stop.set()
+        if self.engine is not None:
+            self.engine.close()
+        self._source.close()
+        self.ended.set()
 
     def report(self) -> RunReport:
         """What the run has done so far."""
@@ -196,7 +201,7 @@ class Run:
         while not self._stop.wait(_RETRY_S):
             self.trouble = error.what
             with contextlib.suppress(BrokerUnavailable):
-                self._source.start(engine.positions, engine.stops)
+                engine.restart_source()
                 return
 
     def _after_commit(self) -> None:
@@ -342,7 +347,7 @@ class Run:
         with transaction(self._store, lambda: False) as cur:
             self._ledger.add_positions(cur, missing)
         engine.positions.update(missing)
-        self._source.start(engine.positions, engine.stops)
+        engine.restart_source()
 
     def _tell_changes(self, changed: list[str]) -> None:
         if not changed:

@@ -1,35 +1,21 @@
-"""The pure part of a batch: fetch, decode, and every step that reads records alone."""
+"""The pure part of a batch: its records, and every step that reads records alone."""
 
 from __future__ import annotations
 
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import duckdb
 import pyarrow as pa
 
+from kframe.ahead import Plan, Prepared
 from kframe.batch.decode import Decoder, private_connection
 from kframe.errors import KframeError, StepError, is_interrupt
-from kframe.model import DEAD_LETTERS, Fetched, OffsetRange, Partial, show_ranges
+from kframe.model import DEAD_LETTERS, OffsetRange, Partial, show_ranges
 from kframe.transform.rows import RowStep
 from kframe.transform.step import Step
 
 AtEdge = Callable[[str], None]
-
-
-class Timings(dict[str, float]):
-    """Milliseconds by stage; `stage` adds to them."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the block under a stage's name."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self[name] = self.get(name, 0.0) + (time.perf_counter() - began) * 1000
 
 
 class Worker:
@@ -37,64 +23,45 @@ class Worker:
 
     Parameters
     ----------
-    fetch : callable
-        Offset ranges to records.
+    read : callable
+        Offset ranges to their records, fetched and decoded.
     decoders : mapping of str to Decoder
         By topic.
     steps : sequence of Step
-    at_edge : callable
-        Told each edge's name as it is passed; a test may raise there.
     """
 
     def __init__(
-        self,
-        fetch: Callable[[tuple[OffsetRange, ...]], Fetched],
-        decoders: Mapping[str, Decoder],
-        steps: Sequence[Step],
-        at_edge: AtEdge,
+        self, read: Callable[[Plan], Prepared], decoders: Mapping[str, Decoder], steps: Sequence[Step]
     ) -> None:
-        self._fetch = fetch
+        self._read = read
         self._decoders = decoders
         self.steps = steps
-        self._at_edge = at_edge
         self.con = private_connection()
 
-    def __call__(self, plan: tuple[OffsetRange, ...]) -> Partial:
-        """Fetch and decode `plan`, then run the steps that need no table."""
-        timings = Timings()
-        with timings.stage("fetch"):
-            fetched = self._fetch(plan)
-        self._at_edge("fetched")
-        return self.transform(fetched, timings)
+    def __call__(self, plan: Plan) -> Partial:
+        """Read `plan`, then run the steps that need no table."""
+        return self.transform(self._read(plan))
 
-    def transform(self, fetched: Fetched, timings: Timings) -> Partial:
-        """Decode records and run the steps that need no table."""
-        with timings.stage("decode"):
-            decoded = {t: self._decoders[t].decode(records) for t, records in fetched.records.items()}
-            new_fields = {t: d.new_fields for t, d in decoded.items() if d.new_fields}
-            for topic in new_fields:
-                wider = self._decoders[topic].with_fields(new_fields[topic])
-                decoded[topic] = wider.decode(fetched.records[topic])
-        self._at_edge("decoded")
-        frames = {topic: d.frame for topic, d in decoded.items()}
-        with timings.stage("steps"):
+    def transform(self, batch: Prepared) -> Partial:
+        """Run the steps that need no table over decoded records."""
+        frames = {topic: decoded.frame for topic, decoded in batch.decoded.items()}
+        ranges = batch.fetched.ranges
+        with batch.timings.stage("steps"):
             results = {
-                step.name: run_step(
-                    step, self.con, complete(step, frames, self._decoders), {}, fetched.ranges
-                )
+                step.name: run_step(step, self.con, complete(step, frames, self._decoders), {}, ranges)
                 for step in self.steps
                 if not step.tables and touched(step, frames)
             }
         needed = {topic for step in self.steps if step.tables for topic in step.topics}
         return Partial(
-            fetched.ranges,
-            fetched.rows,
+            ranges,
+            batch.fetched.rows,
             results,
-            {t: complete_frame(t, frames, self._decoders) for t in needed} if needed else {},
-            pa.concat_tables([DEAD_LETTERS.empty_table(), *(d.dead for d in decoded.values())]),
-            sum(d.tombstones for d in decoded.values()),
-            new_fields,
-            timings,
+            {t: complete_frame(t, frames, self._decoders) for t in needed},
+            pa.concat_tables([DEAD_LETTERS.empty_table(), *(d.dead for d in batch.decoded.values())]),
+            sum(d.tombstones for d in batch.decoded.values()),
+            batch.new_fields,
+            batch.timings,
         )
 
 

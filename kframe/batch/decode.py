@@ -70,9 +70,15 @@ class Decoder:
         }
         self._con = private_connection()
         self._values = FORMATS[format](schema, self._con, delimiter)
+        self._empty = self.decode(RECORDS.empty_table()).frame
 
     def __repr__(self) -> str:
         return f"<Decoder {self.topic!r} {self._options['format']} {self.schema!r}>"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a batch may bring columns that the next one is decoded with."""
+        return bool(self._options["on_new_field"] == "add")
 
     @property
     def visible(self) -> list[str]:
@@ -87,7 +93,7 @@ class Decoder:
 
     def empty(self) -> pa.Table:
         """A decoded frame without rows."""
-        return self.decode(RECORDS.empty_table()).frame
+        return self._empty
 
     def decode(self, records: pa.Table) -> Decoded:
         """Decode one batch of the topic's records.

@@ -36,6 +36,18 @@ def plan_batch(
     return tuple(r for r in ranges if r.start < r.stop)
 
 
+def following(plan: tuple[OffsetRange, ...], done: Iterable[OffsetRange]) -> tuple[OffsetRange, ...]:
+    """What is left of a plan behind the ranges that have been read of it."""
+    stops = {r.tp: r for r in done}
+    rest = (
+        OffsetRange(r.topic, r.partition, stops[r.tp].stop, r.stop, stops[r.tp].leader_epoch)
+        if r.tp in stops
+        else r
+        for r in plan
+    )
+    return tuple(r for r in rest if r.start < r.stop)
+
+
 def split(plan: tuple[OffsetRange, ...], slots: int) -> list[tuple[OffsetRange, ...]]:
     """The plan's ranges dealt out to at most `slots` tasks."""
     return [task for task in (plan[i::slots] for i in range(slots)) if task]

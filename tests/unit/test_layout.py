@@ -16,9 +16,9 @@ LAYERS = [
     {"testing"},
     {"pipeline"},
     {"run", "status", "standalone", "reading", "rebuild", "definition", "config"},
-    {"engine", "worker"},
+    {"engine", "worker", "ahead"},
     {"source", "batch", "transform", "commit", "sinks", "executors"},
-    {"schema", "model", "errors"},
+    {"schema", "model", "errors", "timings"},
 ]
 """Top to bottom, as in the note in `kframe`."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
