@@ -303,7 +303,9 @@ def _format(java: str, jars: Path, home: Path, properties: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode:
-        raise LocalKafkaError(f"Kafka could not format {home}: {(done.stderr or done.stdout).strip()[-800:]}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        told = "\n".join(line for line in lines if not line.startswith("\tat "))
+        raise LocalKafkaError(f"Kafka could not format {home}: {told[-800:]}")
 
 
 def _command(java: str, jars: Path, home: Path, properties: Path) -> list[str]:

@@ -19,7 +19,7 @@ class Options:
 
     start_from: Start = "earliest"
     commit_interval_ms: int = 1000
-    batch_rows_max: int = 300_000
+    batch_rows_max: int = 245_760  # two of DuckDB's row groups: whole ones are written and compressed once
     batch_bytes_max: int = 64 << 20
     processing_guarantee: str = "exactly_once"
     dead_letters_max_ratio: float = 0.1

@@ -17,6 +17,9 @@ from kframe.model import Change
 from kframe.schema import duckdb_type
 
 _ROW = "_kframe_rowid"
+_ROW_GROUP = 122_880
+"""Rows that DuckDB keeps together. In pieces of this size a batch is written once, by all threads; in smaller
+ones by one thread, and again at the checkpoint."""
 _KEPT = "Nothing of this batch was written; tables and positions are as before."
 
 
@@ -45,11 +48,13 @@ def write(cur: duckdb.DuckDBPyConnection, change: Change) -> int:
     deleted = _delete(cur, change)
     if not change.rows.num_rows:
         return deleted
-    with _registered(cur, change.rows) as source:
-        if change.key:
+    if change.key:
+        with _registered(cur, change.rows) as source:
             _check_key(cur, change, source)
             cur.execute(_merge_sql(cur, change, source))
-        else:
+    else:
+        row_groups = pa.Table.from_batches(change.rows.combine_chunks().to_batches(_ROW_GROUP))
+        with _registered(cur, row_groups) as source:
             cur.execute(f"INSERT INTO {_target(change)} BY NAME SELECT * FROM {source}")
     return deleted + int(change.rows.num_rows)
 

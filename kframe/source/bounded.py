@@ -10,7 +10,7 @@ from kframe.batch.plan import plan_batch
 from kframe.model import RECORDS, Fetched, Limits, Position, TopicPartition
 from kframe.source.protocol import Source
 
-_LIMITS = Limits(rows_max=300_000, bytes_max=64 << 20, interval_s=1.0)
+_LIMITS = Limits(rows_max=245_760, bytes_max=64 << 20, interval_s=1.0)
 
 
 def batches_between(

@@ -41,7 +41,7 @@ class KafkaSource:
         settings: Settings,
         *,
         group_id: str,
-        rows_max: int = 300_000,
+        rows_max: int = 245_760,
         queue_bytes: int = 64 << 20,
         headers: Iterable[str] = (),
     ) -> None:

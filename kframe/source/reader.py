@@ -20,7 +20,7 @@ TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.Kafka
 """The codes of trouble that passes when a broker is back."""
 
 _CONSUME_ROWS = 500  # per call: longer lists of the client's records cost more in the garbage collector
-_CHUNK_ROWS = 5_000  # per conversion to Arrow
+_CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's row groups
 _POLL_TIMEOUT_S = 0.25
 _LOST = (ck.KafkaError._AUTO_OFFSET_RESET, ck.KafkaError._LOG_TRUNCATION)
 
@@ -65,8 +65,7 @@ class Reader:
     ) -> None:
         self._consumer = consumer
         self._stops = stops
-        self._consume_rows = min(_CONSUME_ROWS, rows_max)
-        self._chunk_rows = min(_CHUNK_ROWS, rows_max) - self._consume_rows
+        self._chunk_rows = min(_CHUNK_ROWS, rows_max)
         self._queue_bytes = queue_bytes
         self._headers = headers
         self._alive = alive
@@ -148,12 +147,13 @@ class Reader:
         try:
             while self._open and self._has_room():
                 self._commit_group()
-                messages = self._consumer.consume(self._consume_rows, timeout=_POLL_TIMEOUT_S)
+                wanted = min(_CONSUME_ROWS, self._chunk_rows - columns.rows)
+                messages = self._consumer.consume(wanted, timeout=_POLL_TIMEOUT_S)
                 if messages:
                     self._alive()
                     columns.add(messages)
-                drained = len(messages) < self._consume_rows
-                if columns.rows > self._chunk_rows or (drained and columns.next):
+                drained = len(messages) < wanted
+                if columns.rows == self._chunk_rows or (drained and columns.next):
                     self._put(columns)
                     columns = _Columns(self._topics, self._headers)
         except BaseException as error:

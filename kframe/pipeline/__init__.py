@@ -1,0 +1,199 @@
+"""`Pipeline`: what users touch."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kframe.commit.store import quote
+from kframe.commit.transaction import transaction
+from kframe.errors import ConfigError, DefinitionError
+from kframe.model import RECORDS, Fetched, RunReport
+from kframe.pipeline.running import Running
+from kframe.reading import Result, query
+from kframe.rebuild import rebuild
+from kframe.sinks.table import drop
+from kframe.status import Status, batches_frame, lag_frame, status_of
+
+
+class Pipeline(Running):
+    """Kafka topics to DuckDB tables: results and positions in one transaction, every record once.
+
+    Making a pipeline again under the same file and name (a notebook cell that runs again) stops the old
+    one's run and takes its place.
+
+    Parameters
+    ----------
+    path : path
+        The DuckDB file; made when missing. It belongs to this process while the pipeline is open.
+    brokers : str, optional
+        ``host:port,...``. Not needed with `source`.
+    name : str, optional
+        Default: the file's stem. Several pipelines may share one file.
+    kafka_config : mapping, optional
+        Settings under Kafka's own dotted names (SASL, TLS, fetch sizes).
+    start_from : "earliest", "latest", time or {partition: offset}
+        Where the first run begins; later runs go on from the stored positions. A time is ``"-1h"``, an ISO
+        text, a datetime or epoch milliseconds.
+    commit_interval_ms : int, milliseconds
+        How long a batch may wait for more records: latency against throughput. Full batches don't wait.
+    batch_rows_max, batch_bytes_max : int, records, bytes
+        What one batch may hold; memory is bounded by a small multiple.
+    processing_guarantee : "exactly_once" or "at_least_once"
+        How outputs leave DuckDB. Tables are exactly once under both.
+    dead_letters_max_ratio : float
+        Of a run's records (at least 100 are counted); more undecodable ones stop the run.
+    on_lost_range : "stop" or "skip"
+        When Kafka no longer has records that were still to be read. Either way ``_kframe.gaps`` names them.
+    on_definition_change : "warn" or "stop"
+        When a table's definition is not the one of the last run.
+    snapshot_to : path, optional
+        A copy of the file for other processes, replaced atomically after commits (at most once a second,
+        and seldom enough to cost less than a tenth of the time), and at the end of a run.
+    source : Source, optional
+        Another log than Kafka, such as `kframe.testing.MemorySource`.
+    executor : Executor, optional
+        Where the pure part of a batch runs. Default: this process.
+    at_edge : callable, optional
+        Told each edge of the batch protocol (`kframe.testing.EDGES`), for fault tests.
+
+    Raises
+    ------
+    StoreLocked
+        Another process has the file; the message names it.
+    ConfigError
+        An option is not usable.
+    """
+
+    # ---- reading ------------------------------------------------------------------------------------
+
+    def sql(self, query_text: str, parameters: object = None) -> Result:
+        """Run one read-only query, from any thread, also while the pipeline runs.
+
+        Returns
+        -------
+        Result
+            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names.
+        """
+        return query(self._ledger, query_text, parameters)
+
+    def read(self, table: str) -> pd.DataFrame:
+        """A whole table as a DataFrame; ``attrs`` holds the batch and positions it is as of."""
+        return self.sql(f"FROM {quote(table)}").df()
+
+    def dead_letters(self) -> pd.DataFrame:
+        """Undecodable records: batch_id, topic, partition, offset, timestamp, key, value, error."""
+        frame: pd.DataFrame = self._ledger.dead_letters().to_pandas()
+        return frame
+
+    def batches(self, last: int = 20) -> pd.DataFrame:
+        """The last committed batches: ranges, rows, dead letters, milliseconds by stage."""
+        return batches_frame(self._ledger, last)
+
+    def lag(self) -> pd.DataFrame:
+        """Per partition: position, end offset, lag in offsets, and where an open transaction holds it.
+
+        Raises
+        ------
+        BrokerUnavailable
+            No broker answered.
+        """
+        return lag_frame(self._ledger, self._open_source())
+
+    def status(self) -> Status:
+        """What the pipeline is doing; asks no broker."""
+        return status_of(self.name, self._run, self._ledger)
+
+    def failed_batch(self) -> pd.DataFrame | dict[str, pd.DataFrame] | None:
+        """What the function that raised last was called with.
+
+        Returns
+        -------
+        DataFrame, or dict of DataFrames by parameter when it has several, or None when nothing failed.
+        """
+        frames = getattr(self._run.error, "frames", None) if self._run else None
+        if not frames:
+            return None
+        return next(iter(frames.values())) if len(frames) == 1 else dict(frames)
+
+    # ---- mending ------------------------------------------------------------------------------------
+
+    def retry_dead_letters(self) -> RunReport:
+        """Decode the dead letters again, with the schema as it is now, in one transaction.
+
+        Those that decode go through every step and leave the dead letters; the others stay.
+        """
+        run = self._new_run(until_end=True, progress=False)
+        dead = self._ledger.dead_letters()
+        kept = dead.filter(pc.is_valid(dead["value"]))
+        topics = kept["topic"].unique().to_pylist()
+        records = {t: _as_records(kept.filter(pc.equal(kept["topic"], t))) for t in topics}
+        return run.retry(Fetched((), records))
+
+    def rebuild(self, table: str) -> int:
+        """Compute one table anew from the retained log, under its definition of now, and swap it in at once.
+
+        The log is read up to the stored positions, which stay; so do the other tables.
+
+        Returns
+        -------
+        int
+            Records read.
+
+        Raises
+        ------
+        DefinitionError
+            No step makes `table`, or it reads another step's table, whose past is not kept.
+        LostRange
+            The log no longer goes back to the first record. Nothing has changed.
+        """
+        self.stop()
+        steps = {s.name: s for s in self._definition.steps}
+        if table not in steps:
+            raise DefinitionError(f"No step makes {table!r}.", hint=f"Tables: {', '.join(steps) or 'none'}.")
+        step = steps[table]
+        return rebuild(
+            self._store,
+            self._ledger,
+            self._open_source(),
+            step,
+            {t: self._definition.topics[t].decoder(self.schema(t)) for t in step.topics},
+            self._options.limits,
+            list(steps),
+        )
+
+    def rewind(self, to: str = "earliest") -> None:
+        """Move results, state and positions back together, to before the first record.
+
+        Parameters
+        ----------
+        to : "earliest"
+            All tables of this pipeline (side tables apart) and its positions are removed in one transaction;
+            the next run begins at `start_from`.
+
+        Raises
+        ------
+        ConfigError
+            Any other point: aggregates and upserts cannot be undone in part.
+        """
+        if to != "earliest":
+            raise ConfigError(
+                f"rewind(to={to!r}): tables cannot be moved back in part.",
+                kept="Nothing was changed.",
+                hint='rewind("earliest") computes everything anew from the retained log.',
+            )
+        self.stop()
+        with transaction(self._store, lambda: False) as cur:
+            for name in self._ledger.forget(cur):
+                drop(cur, name)
+
+
+def _as_records(dead: pa.Table) -> pa.Table:
+    """Dead letters as the records they were; headers are not kept."""
+    names = [n for n in RECORDS.names if n != "headers"]
+    return (
+        dead.select(names)
+        .append_column("headers", pa.nulls(len(dead), RECORDS.field("headers").type))
+        .cast(RECORDS)
+    )
