@@ -116,18 +116,20 @@ class Engine:
             return None
         self._check_dead_letters(partials)
         self._check_topics()
-        return self._commit(steps, partials, ranges)
+        with self.store.steady():
+            return self._commit(steps, partials, ranges)
 
     def retry(self, records: Fetched) -> BatchReport:
         """Run records that are already paid for (dead letters) through the steps, without new positions."""
         steps = self._steps()
         partial = self._task(steps).transform(Prepared(records, self.decoders, Timings()))
-        return self._commit(steps, [partial], (), replaces_dead_letters=True)
+        with self.store.steady():
+            return self._commit(steps, [partial], (), replaces_dead_letters=True)
 
     def restart_source(self) -> None:
         """Read on from the ledger's positions: after trouble, or when partitions were added."""
         self._ahead.drop()
-        self.source.start(self.positions, self.stops)
+        self.source.start(self.positions, self.stops, self.limits)
 
     def close(self) -> None:
         """End what was begun in advance. The run has been told to stop, so that nothing waits for records."""
@@ -184,7 +186,7 @@ class Engine:
     def _read(self, plan: tuple[OffsetRange, ...]) -> Prepared:
         timings = Timings()
         with timings.stage("fetch"):
-            fetched = self.source.fetch(plan, self.limits, self._stopped)
+            fetched = self.source.fetch(plan, self._stopped)
         self._at_edge("fetched")
         prepared = Prepared(fetched, self.decoders, timings)
         self._at_edge("decoded")

@@ -110,7 +110,8 @@ class Change:
     """Rows that one step wants in one table.
 
     ``append``: all rows are added. ``upsert``: rows replace those of the same `key` (each key at most once
-    in `rows`). ``deletes``: keys to remove, the key columns only.
+    in `rows`). ``deletes``: keys to remove, the key columns only. ``places``: for each row of an upsert the
+    rowid of the stored row that it replaces, NULL for a new one, where that is known (see `Store.steady`).
     """
 
     table: str
@@ -118,6 +119,7 @@ class Change:
     key: tuple[str, ...] = ()
     deletes: pa.Table | None = None
     schema: str = "main"
+    places: pa.ChunkedArray | None = None
 
     @property
     def kind(self) -> str:

@@ -99,7 +99,7 @@ def _engine(
     with transaction(shadow, lambda: False) as cur:
         ledger.claim(cur, "rebuild", None)
         ledger.add_positions(cur, positions)
-    source.start(positions, stops)
+    source.start(positions, stops, limits)
     infos = source.describe(decoders)
     steps = (step,)
     return Engine(

@@ -323,7 +323,7 @@ class Run:
         """Start reading at the ledger's positions; what is lost is named, and skipped if asked."""
         self._stops = self._source.offsets(positions, "latest") if self._until_end else None
         try:
-            self._source.start(positions, self._stops)
+            self._source.start(positions, self._stops, self._options.limits)
             return positions
         except LostRange as lost:
             skip = self._options.on_lost_range == "skip"
@@ -335,7 +335,7 @@ class Run:
                 raise
         stored = self._ledger.positions()
         positions = {tp: stored[tp] for tp in positions}
-        self._source.start(positions, self._stops)
+        self._source.start(positions, self._stops, self._options.limits)
         return positions
 
     def _add_partitions(self, engine: Engine) -> None:

@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS _kframe.gaps (
 _SETTINGS = (
     "SET TimeZone = 'UTC'",
     "SET python_enable_replacements = false",
-    "SET wal_autocheckpoint = '1GB'",
+    "SET wal_autocheckpoint = '1TB'",  # checkpoints only where `Store.checkpoint` allows them
     "SET preserve_insertion_order = true",
     "SET enable_external_access = false",
     "SET lock_configuration = true",
@@ -69,6 +69,8 @@ class Store:
         self.pid = os.getpid()
         self._lock_file = _lock(path)
         self._users: list[object] = []
+        self._lock = threading.Lock()
+        self._steady = 0
         try:
             self._con = _connect(path)
         except BaseException:
@@ -120,13 +122,27 @@ class Store:
             self._con.close()
             self._lock_file.close()
 
-    def checkpoint(self) -> bool:
-        """Fold the write-ahead log into the file; False when a long reader is in the way."""
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """While the block runs no checkpoint moves rows: rowids that were read can be written to."""
+        with self._lock:
+            self._steady += 1
         try:
-            self.cursor().execute("CHECKPOINT")
-        except duckdb.Error:
-            return False
-        return True
+            yield
+        finally:
+            with self._lock:
+                self._steady -= 1
+
+    def checkpoint(self) -> bool:
+        """Fold the write-ahead log into the file; False when a reader or a batch is in the way."""
+        with self._lock:
+            if self._steady:
+                return False
+            try:
+                self.cursor().execute("CHECKPOINT")
+            except duckdb.Error:
+                return False
+            return True
 
     def snapshot(self, target: str | os.PathLike[str]) -> None:
         """Write a consistent copy of the whole database to `target`, replacing it atomically.

@@ -183,8 +183,6 @@ class Running(Declaring):
         return KafkaSource(
             self._settings,
             group_id=f"kframe.{self.name}",
-            rows_max=self._options.batch_rows_max,
-            queue_bytes=self._options.batch_bytes_max,
             headers=[t.name for t in self._definition.topics.values() if "headers" in t.include],
         )
 

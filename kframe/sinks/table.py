@@ -49,7 +49,8 @@ def write(cur: duckdb.DuckDBPyConnection, change: Change) -> int:
     if not change.rows.num_rows:
         return deleted
     if change.key:
-        with _registered(cur, change.rows) as source:
+        places = change.places if change.places is not None else pa.nulls(change.rows.num_rows, pa.int64())
+        with _registered(cur, change.rows.append_column(_ROW, places)) as source:
             _check_key(cur, change, source)
             cur.execute(_merge_sql(cur, change, source))
     else:
@@ -224,7 +225,8 @@ def _merge_sql(cur: duckdb.DuckDBPyConnection, change: Change, source: str) -> s
     """MERGE without a primary key, which would cost an index; columns that the rows lack become NULL.
 
     The rows come in the order of the table's own: updates in another order are up to 70 times slower, and
-    DuckDB's choice of the join's sides alone decides which it is (100,000 rows: 20 or 800 ms).
+    DuckDB's choice of the join's sides alone decides which it is (100,000 rows: 20 or 800 ms). Finding rows
+    by key reads the whole key column (10 million: 110 ms); where the places are known, that is spared.
     """
     given = {name.casefold(): name for name in change.rows.column_names}
     stored = _stored(cur, change) or change.rows.schema
@@ -235,9 +237,12 @@ def _merge_sql(cur: duckdb.DuckDBPyConnection, change: Change, source: str) -> s
         if name.casefold() not in key
     ]
     columns = change.rows.column_names
+    placed = f"FROM {source} AS s"
+    if change.places is None:
+        found = f"SELECT s.* EXCLUDE ({_quote(_ROW)}), t.rowid AS {_quote(_ROW)} {placed}"
+        placed = f"FROM ({found} LEFT JOIN {_target(change)} AS t ON {_same(change.key)})"
     return (
-        f"MERGE INTO {_target(change)} AS t USING (SELECT s.*, t.rowid AS {_quote(_ROW)} FROM {source} AS s "
-        f"LEFT JOIN {_target(change)} AS t ON {_same(change.key)} ORDER BY t.rowid) AS s "
+        f"MERGE INTO {_target(change)} AS t USING ({placed} ORDER BY {_quote(_ROW)}) AS s "
         f"ON t.rowid = s.{_quote(_ROW)} "
         f"WHEN MATCHED THEN {'UPDATE SET ' + ', '.join(sets) if sets else 'DO NOTHING'} "
         f"WHEN NOT MATCHED THEN INSERT ({', '.join(map(_quote, columns))}) "

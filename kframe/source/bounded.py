@@ -21,10 +21,10 @@ def batches_between(
 ) -> Iterator[Fetched]:
     """The records of ``[position, stop)`` of every partition, batch after batch, to the end."""
     at = dict(positions)
-    source.start(at, stops)
+    source.start(at, stops, limits)
     try:
         while plan := plan_batch(at, stops):
-            fetched = source.fetch(plan, limits, lambda: False)
+            fetched = source.fetch(plan, lambda: False)
             at |= {r.tp: Position(r.stop, r.leader_epoch) for r in fetched.ranges}
             yield fetched
     finally:

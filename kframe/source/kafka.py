@@ -28,10 +28,6 @@ class KafkaSource:
     settings : Settings
     group_id : str
         Where `acknowledge` commits, for dashboards.
-    rows_max : int, records
-        Of one batch.
-    queue_bytes : int, bytes
-        How much fetched data may wait for the engine.
     headers : collection of str
         Topics whose records' headers are wanted.
     """
@@ -41,14 +37,10 @@ class KafkaSource:
         settings: Settings,
         *,
         group_id: str,
-        rows_max: int = 245_760,
-        queue_bytes: int = 64 << 20,
         headers: Iterable[str] = (),
     ) -> None:
         self._settings = settings
         self._group_id = group_id
-        self._rows_max = rows_max
-        self._queue_bytes = queue_bytes
         self._headers = frozenset(headers)
         self._trouble: str | None = None
         self._reader: Reader | None = None
@@ -109,7 +101,10 @@ class KafkaSource:
     # ---- reading ------------------------------------------------------------------------------------
 
     def start(
-        self, positions: Mapping[TopicPartition, Position], stops: Mapping[TopicPartition, int] | None
+        self,
+        positions: Mapping[TopicPartition, Position],
+        stops: Mapping[TopicPartition, int] | None,
+        limits: Limits,
     ) -> None:
         """Begin to read at `positions`, as far as `stops`."""
         self.close()
@@ -120,17 +115,16 @@ class KafkaSource:
             consumer,
             positions,
             stops,
-            rows_max=self._rows_max,
-            queue_bytes=self._queue_bytes,
+            limits=limits,
             headers=self._headers,
             alive=self._recovered,
         )
 
-    def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
-        """The records that have arrived since the last call, waiting for them as `limits` allow."""
+    def fetch(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
+        """The records that have arrived since the last call, waiting for them as the limits allow."""
         assert self._reader is not None, "start() first"
         try:
-            return self._reader.take(plan, limits, stopped)
+            return self._reader.take(plan, stopped)
         except OffsetOutOfRange as error:
             raise self._lost_at(error.partition) from None
 

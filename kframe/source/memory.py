@@ -44,6 +44,7 @@ class MemorySource:
         self._logs: dict[str, list[_Log]] = {}
         self._ids: dict[str, int] = {}
         self._stops: Mapping[TopicPartition, int] | None = None
+        self._limits = Limits(rows_max=1, bytes_max=1, interval_s=0)
         self._changed = threading.Condition()
         for topic, values in (topics or {}).items():
             self.create(topic)
@@ -137,7 +138,10 @@ class MemorySource:
         return {tp: self._offset(tp, at) for tp in partitions}
 
     def start(
-        self, positions: Mapping[TopicPartition, Position], stops: Mapping[TopicPartition, int] | None
+        self,
+        positions: Mapping[TopicPartition, Position],
+        stops: Mapping[TopicPartition, int] | None,
+        limits: Limits,
     ) -> None:
         """Begin at `positions`."""
         logs = {tp: self._logs[tp.topic][tp.partition] for tp in positions}
@@ -154,15 +158,16 @@ class MemorySource:
         if expired or ahead:
             raise LostRange.of(expired, ahead)
         self._stops = stops
+        self._limits = limits
 
-    def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
+    def fetch(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
         """The next records, at most ``limits.rows_max`` in all, partition by partition."""
         if self._stops is None:
             with self._changed:
-                self._changed.wait_for(lambda: stopped() or self._has_more(plan), limits.interval_s)
+                self._changed.wait_for(lambda: stopped() or self._has_more(plan), self._limits.interval_s)
         ranges: list[OffsetRange] = []
         rows: dict[str, list[dict[str, Any]]] = {}
-        room = limits.rows_max
+        room = self._limits.rows_max
         for r in plan:
             log = self._logs[r.topic][r.partition]
             start, stop = r.start, min(log.end, r.stop)

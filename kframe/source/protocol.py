@@ -38,9 +38,12 @@ class Source(Protocol):
         """The offset of each partition at ``"earliest"``, ``"latest"`` (the end offset), or a time."""
 
     def start(
-        self, positions: Mapping[TopicPartition, Position], stops: Mapping[TopicPartition, int] | None
+        self,
+        positions: Mapping[TopicPartition, Position],
+        stops: Mapping[TopicPartition, int] | None,
+        limits: Limits,
     ) -> None:
-        """Begin to read at `positions`, as far as `stops` (None: for ever).
+        """Begin to read at `positions`, as far as `stops` (None: for ever), in batches within `limits`.
 
         Raises
         ------
@@ -48,8 +51,11 @@ class Source(Protocol):
             A position is below the log's start or beyond its end; ``ranges`` holds what is lost.
         """
 
-    def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
-        """The records that come next within `plan`, waiting ``limits.interval_s`` at most for more."""
+    def fetch(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
+        """The records that come next within `plan`: one batch, maybe an empty one when none has come.
+
+        A record waits for others no longer than ``limits.interval_s``.
+        """
 
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Tell the cluster's dashboards how far the ledger is. Advisory; never raises."""

@@ -21,7 +21,9 @@ TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.Kafka
 
 _CONSUME_ROWS = 500  # per call: longer lists of the client's records cost more in the garbage collector
 _CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's row groups
-_POLL_TIMEOUT_S = 0.25
+_CHUNK_SHARE = 8  # a chunk holds at most this part of a batch's bytes
+_POLL_S = 0.05  # how long the client may wait for more records, and a chunk for more of them
+_IDLE_S = 1.0  # without any record, `take` comes back this often
 _LOST = (ck.KafkaError._AUTO_OFFSET_RESET, ck.KafkaError._LOG_TRUNCATION)
 
 
@@ -42,10 +44,8 @@ class Reader:
         The reader's own from now on.
     positions, stops : mapping
         Where to begin, and where to end (None: nowhere).
-    rows_max : int, records
-        Of one batch, so of one chunk.
-    queue_bytes : int, bytes
-        How much may wait; then the consumer's own queue fills, and fetching stops.
+    limits : Limits
+        Of one batch. As much again may wait here; then the consumer's own queue fills, and fetching stops.
     headers : frozenset of str
         Topics whose headers are wanted.
     alive : callable
@@ -58,15 +58,16 @@ class Reader:
         positions: Mapping[TopicPartition, Position],
         stops: Mapping[TopicPartition, int] | None,
         *,
-        rows_max: int,
-        queue_bytes: int,
+        limits: Limits,
         headers: frozenset[str],
         alive: Callable[[], None],
     ) -> None:
         self._consumer = consumer
         self._stops = stops
-        self._chunk_rows = min(_CHUNK_ROWS, rows_max)
-        self._queue_bytes = queue_bytes
+        self._limits = limits
+        self._chunk_rows = min(_CHUNK_ROWS, limits.rows_max)
+        self._chunk_bytes = limits.bytes_max // _CHUNK_SHARE
+        self._poll_s = min(_POLL_S, limits.interval_s / 4)
         self._headers = headers
         self._alive = alive
         self._next = {tp: p.offset for tp, p in positions.items()}
@@ -87,31 +88,34 @@ class Reader:
         """The offset behind the last record of `tp` that was fetched."""
         return self._next[tp]
 
-    def take(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
+    def take(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
         """What has been fetched, up to the limits; the ranges tile onto the plan's starts.
 
-        Raises what ended the fetching, once everything before it has been taken.
+        The first record waits for others no longer than the interval; a full batch doesn't wait. Raises what
+        ended the fetching, once everything before it has been taken.
         """
         self._check_plan(plan)
         chunks: list[_Chunk] = []
         rows = size = 0
-        deadline = time.monotonic() + limits.interval_s
+        deadline = time.monotonic() + _IDLE_S
         while not stopped():
             with self._changed:
-                while self._queue and _fits(rows, size, self._queue[0], limits):
+                while self._queue and _fits(rows, size, self._queue[0], self._limits):
                     chunk = self._queue.popleft()
                     chunks.append(chunk)
                     rows, size = rows + chunk.rows, size + chunk.bytes
                     self._queued_bytes -= chunk.bytes
                 self._changed.notify_all()
+                if chunks:
+                    deadline = chunks[0].since + self._limits.interval_s
                 left = deadline - time.monotonic()
-                if self._queue or left <= 0 or not self._open:
+                if self._queue or rows >= self._limits.rows_max or left <= 0 or not self._open:
                     break
                 if self._failure is not None:
                     if chunks:
                         break
                     raise self._failure
-                self._changed.wait(min(left, _POLL_TIMEOUT_S))
+                self._changed.wait(min(left, _POLL_S))
         for chunk in chunks:
             self._taken.update((tp, position.offset) for tp, position in chunk.next.items())
         return _fetched(plan, chunks)
@@ -147,13 +151,16 @@ class Reader:
         try:
             while self._open and self._has_room():
                 self._commit_group()
+                if not columns.next:
+                    columns.since = time.monotonic()
                 wanted = min(_CONSUME_ROWS, self._chunk_rows - columns.rows)
-                messages = self._consumer.consume(wanted, timeout=_POLL_TIMEOUT_S)
+                messages = self._consumer.consume(wanted, timeout=self._poll_s)
                 if messages:
                     self._alive()
                     columns.add(messages)
-                drained = len(messages) < wanted
-                if columns.rows == self._chunk_rows or (drained and columns.next):
+                waited = time.monotonic() - columns.since >= self._poll_s
+                full = columns.rows == self._chunk_rows or columns.bytes > self._chunk_bytes
+                if full or (waited and columns.next):
                     self._put(columns)
                     columns = _Columns(self._topics, self._headers)
         except BaseException as error:
@@ -166,7 +173,7 @@ class Reader:
 
     def _has_room(self) -> bool:
         with self._changed:
-            while self._queued_bytes > self._queue_bytes and not self._closing:
+            while self._queued_bytes > self._limits.bytes_max and not self._closing:
                 self._changed.wait()
             return not self._closing
 
@@ -211,11 +218,14 @@ class _Broken(Exception):
 
 
 class _Chunk:
-    """Records by topic, and the positions behind them."""
+    """Records by topic, the positions behind them, and since when the first of them has waited."""
 
-    __slots__ = ("bytes", "next", "records", "rows")
+    __slots__ = ("bytes", "next", "records", "rows", "since")
 
-    def __init__(self, records: dict[str, pa.RecordBatch], next_: dict[TopicPartition, Position]) -> None:
+    def __init__(
+        self, records: dict[str, pa.RecordBatch], next_: dict[TopicPartition, Position], since: float
+    ) -> None:
+        self.since = since
         self.records = records
         self.next = next_
         self.rows = sum(batch.num_rows for batch in records.values())
@@ -226,7 +236,8 @@ class _Columns:
     """The client's records, taken apart into lists as they come."""
 
     def __init__(self, topics: set[str], headers: frozenset[str]) -> None:
-        self.rows = 0
+        self.rows = self.bytes = 0
+        self.since = 0.0
         self.next: dict[TopicPartition, Position] = {}
         self._only_topic = next(iter(topics)) if len(topics) == 1 else None
         self._headers = headers
@@ -258,6 +269,7 @@ class _Columns:
         if topic in self._headers:
             columns[5].extend([[{"key": k, "value": v} for k, v in m.headers() or ()] for m in messages])
         self.rows += len(messages)
+        self.bytes += sum(map(len, messages))
         for partition in set(partitions):
             last = messages[len(partitions) - 1 - partitions[::-1].index(partition)]
             self.next[TopicPartition(topic, partition)] = Position(last.offset() + 1, _leader_epoch(last))
@@ -290,7 +302,8 @@ class _Columns:
             for tp, p in self.next.items()
             if tp in open_
         }
-        return _Chunk({topic: batch for topic, batch in records.items() if batch.num_rows}, next_)
+        records = {topic: batch for topic, batch in records.items() if batch.num_rows}
+        return _Chunk(records, next_, self.since)
 
     def _batch(self, topic: str, lists: tuple[list[Any], ...]) -> pa.RecordBatch:
         partitions, offsets, timestamps, keys, values, headers = lists

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from kframe.errors import SchemaError
-from kframe.model import Fetched, Limits, OffsetRange
+from kframe.model import Fetched, OffsetRange
 from kframe.pipeline import Pipeline
 from kframe.source.memory import MemorySource
 from kframe.testing.frames import difference
@@ -90,9 +90,9 @@ class _CutLog(MemorySource):
         super().__init__({_TOPIC: values})
         self._ends = sorted({c for c in cut if 0 < c < len(values)} | {len(values)})
 
-    def fetch(self, plan: tuple[OffsetRange, ...], limits: Limits, stopped: Callable[[], bool]) -> Fetched:
+    def fetch(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
         end = next(e for e in self._ends if e > plan[0].start)
-        return super().fetch(tuple(r._replace(stop=min(end, r.stop)) for r in plan), limits, stopped)
+        return super().fetch(tuple(r._replace(stop=min(end, r.stop)) for r in plan), stopped)
 
 
 def _run(

@@ -31,6 +31,7 @@ from kframe.transform.parts import (
 )
 
 STATE_SCHEMA = "_state"
+_PLACE = "_kframe_rowid"
 EVERYTHING = "group:all"
 """The only key column of an aggregate without groups."""
 
@@ -344,7 +345,9 @@ class Incremental:
         with all_registered(cur, {f"_kframe_new:{label}": pairs for label, pairs in new.items()}):
             views = {label: quote(f"_kframe_new:{label}") for label in new}
             rows = cur.sql(self._merge_sql(bound, view, state, views)).to_arrow_table()
-        changes = [Change(self.name, rows, key=self.key, schema=STATE_SCHEMA)]
+        places = rows[_PLACE] if exists else None
+        rows = rows.drop_columns([_PLACE]) if exists else rows
+        changes = [Change(self.name, rows, key=self.key, schema=STATE_SCHEMA, places=places)]
         changes += [
             Change(f"{self.name}:{label}", pairs, schema=STATE_SCHEMA)
             for label, pairs in new.items()
@@ -371,12 +374,18 @@ class Incremental:
         """Union the affected state rows with the partial's, and merge what has the same key."""
         keys = self._keys()
         wide = ", ".join(part.select(quote(part.column), part.wide) for part in bound.parts)
-        rows = f"SELECT {keys}, {wide} FROM {self._counted(bound, view, new)}"
-        if state is not None:
-            hit = f"SELECT a.* FROM {state} a SEMI JOIN {view} b ON {_same(self.key, 'a', 'b')}"
-            rows += f" UNION ALL SELECT {keys}, {wide} FROM ({hit})"
         merged = ", ".join(part.select(part.merge, part.stored) for part in bound.parts)
-        return f"SELECT {keys}, {merged} FROM ({rows}) GROUP BY {keys}"
+        rows = f"SELECT {keys}, {wide} FROM {self._counted(bound, view, new)}"
+        if state is None:
+            return f"SELECT {keys}, {merged} FROM ({rows}) GROUP BY {keys}"
+        place = quote(_PLACE)
+        hit = (
+            f"SELECT a.*, a.rowid AS {place} FROM {state} a SEMI JOIN {view} b ON {_same(self.key, 'a', 'b')}"
+        )
+        both = (
+            f"SELECT *, NULL AS {place} FROM ({rows}) UNION ALL SELECT {keys}, {wide}, {place} FROM ({hit})"
+        )
+        return f"SELECT {keys}, {merged}, max({place}) AS {place} FROM ({both}) GROUP BY {keys}"
 
     def _counted(self, bound: Bound, view: str, new: Mapping[str, str]) -> str:
         """The partial, with the number of new distinct values beside each key."""
