@@ -67,7 +67,7 @@ def feed(query: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         "SELECT sku FROM orders GROUP BY sku",
         "SELECT sum(qty) AS s, count(DISTINCT sku) AS k FROM orders HAVING count(*) > 5",
         "SELECT count(*) AS n FROM (SELECT * FROM orders WHERE qty > 1)",
-        'SELECT sku, arg_min(qty, "at") AS q, any_value(qty) AS v FROM orders GROUP BY sku',
+        'SELECT sku, arg_min(qty, "at") AS q, any_value(upper(sku)) AS v FROM orders GROUP BY sku',
         "SELECT sku, count(*) AS n FROM orders GROUP BY orders.sku",
     ],
 )
