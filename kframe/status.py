@@ -15,10 +15,10 @@ from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
 
 _SIDES = {
-    "fetch": "Kafka (fetch)",
+    "fetch": "waiting for records from Kafka",
     "decode": "decoding",
     "steps": "your functions",
-    "write": "DuckDB (write)",
+    "write": "writing to DuckDB",
 }
 
 
@@ -43,7 +43,7 @@ class Status:
             f" ({self.rows_per_s:,.0f} rows/s), {self.dead_letters:,} dead letters"
         ]
         if self.limited_by:
-            lines.append(f"  most of a batch goes to {self.limited_by}")
+            lines.append(f"  the pace is set by {self.limited_by}")
         if self.trouble:
             lines.append(f"  trouble: {self.trouble}")
         if self.error:
@@ -65,7 +65,7 @@ def status_of(name: str, run: Run | None, ledger: Ledger) -> Status:
         report.rows if report else 0,
         report.dead_letters if report else 0,
         report.rows / seconds if report and seconds > 0 else 0.0,
-        _limited_by(run),
+        limited_by(run.last.timings_ms) if run and run.last else None,
         {tp: p.offset for tp, p in ledger.positions().items()},
         run.trouble if run else None,
         str(run.error).splitlines()[0] if run and run.error and str(run.error) else None,
@@ -118,8 +118,12 @@ def lag_frame(ledger: Ledger, source: Source) -> pd.DataFrame:
     )
 
 
-def _limited_by(run: Run | None) -> str | None:
-    if run is None or run.last is None:
-        return None
-    timings = {k: v for k, v in run.last.timings_ms.items() if k in _SIDES}
-    return _SIDES[max(timings, key=lambda k: timings[k])] if timings else None
+def limited_by(timings_ms: Mapping[str, float]) -> str:
+    """The stage that decides how long a batch takes.
+
+    The next batch is fetched and decoded while this one is computed and written, so the slower of these two
+    halves decides, and in it the longer stage.
+    """
+    halves = ("fetch", "decode"), ("steps", "write")
+    slower = max(halves, key=lambda half: sum(timings_ms.get(stage, 0.0) for stage in half))
+    return _SIDES[max(slower, key=lambda stage: timings_ms.get(stage, 0.0))]

@@ -15,7 +15,7 @@ from kframe.model import Fetched, Limits, OffsetRange, Position, TopicPartition
 from kframe.source.protocol import Start, TopicInfo
 from kframe.source.reader import TRANSPORT, OffsetOutOfRange, Reader
 from kframe.source.settings import Settings
-from kframe.source.start import to_epoch_ms
+from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
 
@@ -81,7 +81,7 @@ class KafkaSource:
         """Offsets at a point of the log. The end is the read_committed end, unless ``committed=False``."""
         tps = list(partitions)
         if isinstance(at, Mapping):
-            return {tp: int(at[tp.partition]) for tp in tps}
+            return {tp: offset_at(at, tp) for tp in tps}
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
         spec = _offset_spec(at)
         futures = self._ask(

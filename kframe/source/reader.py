@@ -20,6 +20,7 @@ TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.Kafka
 """The codes of trouble that passes when a broker is back."""
 
 _CONSUME_ROWS = 500  # per call: longer lists of the client's records cost more in the garbage collector
+_FIRST_ROWS = 5  # while the size of the records is unknown
 _CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's row groups
 _CHUNK_SHARE = 8  # a chunk holds at most this part of a batch's bytes
 _POLL_S = 0.05  # how long the client may wait for more records, and a chunk for more of them
@@ -148,16 +149,18 @@ class Reader:
 
     def _run(self) -> None:
         columns = _Columns(self._topics, self._headers)
+        consume_rows = _FIRST_ROWS
         try:
             while self._open and self._has_room():
                 self._commit_group()
                 if not columns.next:
                     columns.since = time.monotonic()
-                wanted = min(_CONSUME_ROWS, self._chunk_rows - columns.rows)
+                wanted = min(consume_rows, self._chunk_rows - columns.rows)
                 messages = self._consumer.consume(wanted, timeout=self._poll_s)
                 if messages:
                     self._alive()
-                    columns.add(messages)
+                    size = columns.add(messages)
+                    consume_rows = min(_CONSUME_ROWS, 1 + self._chunk_bytes * len(messages) // (size + 1))
                 waited = time.monotonic() - columns.since >= self._poll_s
                 full = columns.rows == self._chunk_rows or columns.bytes > self._chunk_bytes
                 if full or (waited and columns.next):
@@ -243,18 +246,20 @@ class _Columns:
         self._headers = headers
         self._lists: dict[str, tuple[list[Any], ...]] = {}
 
-    def add(self, messages: list[Any]) -> None:
-        """Take the records of one ``consume`` call, and the ends of partitions among them."""
+    def add(self, messages: list[Any]) -> int:
+        """Take the records of one ``consume`` call, and the ends of partitions among them; their bytes."""
+        before = self.bytes
         if any([m.error() for m in messages]):  # noqa: C419 - a list is quicker than a generator
             messages = self._without_errors(messages)
         if self._only_topic is not None:
             self._add(self._only_topic, messages)
-            return
+            return self.bytes - before
         by_topic: dict[str, list[Any]] = {}
         for topic, message in zip([m.topic() for m in messages], messages, strict=True):
             by_topic.setdefault(topic, []).append(message)
         for topic, of_topic in by_topic.items():
             self._add(topic, of_topic)
+        return self.bytes - before
 
     def _add(self, topic: str, messages: list[Any]) -> None:
         if not messages:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,30 @@ pytestmark = pytest.mark.broker
 
 SCHEMA = {"n": "int64"}
 MakeTopic = Callable[..., str]
+
+MEASURED_RUN = r"""
+import re, sys, threading
+import kframe as kf
+
+made = kf.Pipeline(
+    sys.argv[1],
+    brokers=sys.argv[2],
+    batch_bytes_max=8_000_000,
+    kafka_config={"queued.max.messages.kbytes": 16_384},
+)
+made.topic(sys.argv[3], schema={"n": "int64", "x": "str"})
+
+@made.table("rows", inputs=[sys.argv[3]])
+def rows(batch):
+    threading.Event().wait(0.02)
+    return batch[["n"]]
+
+report = made.run(progress=False)
+assert sorted(made.read("rows")["n"]) == list(range(400))
+peak_kb = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+print(made.batches(10_000)["rows"].max(), peak_kb // 1024)
+"""
+"""Runs a pipeline with a slow function; prints the largest batch in rows and the peak memory in MB."""
 
 
 def produce(kafka: kf.LocalKafka, topic: str, numbers: Any, **options: Any) -> None:
@@ -322,6 +348,25 @@ def test_an_oversized_record_is_a_dead_letter(
         (dead,) = made.dead_letters().to_dict("records")
         assert (dead["topic"], dead["partition"], dead["offset"], dead["value"]) == (topic, 0, 0, None)
         assert "record_bytes_max" in dead["error"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_is_bounded_whatever_the_record_size(
+    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+) -> None:
+    """400 records of 1 MB, a batch of 8 MB, a function that dawdles. Kills: a queue bounded in rows alone."""
+    topic = make_topic(2, **{"max.message.bytes": "2000000"})
+    producer = ck.Producer({"bootstrap.servers": kafka.brokers, "message.max.bytes": 2_000_000})
+    for n in range(400):
+        producer.produce(topic, b'{"n": %d, "x": "%s"}' % (n, b"a" * 1_000_000), partition=n % 2)
+        producer.poll(0.02 if n % 20 == 0 else 0)
+    assert producer.flush(60) == 0
+    command = [sys.executable, "-c", MEASURED_RUN, str(tmp_path / "p.duckdb"), kafka.brokers, topic]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows_max, peak_mb = map(int, done.stdout.split())
+    assert rows_max <= 9
+    assert peak_mb < 420, "as much as the topic holds"
 
 
 def test_null_and_empty_keys_values_and_headers_stay_apart(

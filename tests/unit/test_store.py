@@ -242,3 +242,21 @@ def test_one_store_for_one_file(tmp_path: Path) -> None:
     assert open_store(tmp_path / "link" / "shop.duckdb") is store
     store.close()
     store.close()
+
+
+def test_no_checkpoint_moves_rows_while_a_batch_knows_their_places(tmp_path: Path) -> None:
+    """Kills: a checkpoint between reading rowids of the state and writing to them."""
+    log = MemorySource({"orders": [{"sku": f"s{i % 7}", "qty": i} for i in range(60)]})
+    folded = []
+
+    def at_edge(edge: str) -> None:
+        if edge in ("transformed", "planned"):
+            folded.append((edge, open_store(tmp_path / "p.duckdb").checkpoint()))
+
+    with kf.Pipeline(tmp_path / "p.duckdb", source=log, batch_rows_max=10, at_edge=at_edge) as made:
+        made.topic("orders", schema={"sku": "str", "qty": "int64"})
+        made.aggregate("totals", source="orders", by="sku", total=("qty", "sum"))
+        made.run(progress=False)
+        assert dict(made.read("totals").to_numpy()) == {f"s{k}": sum(range(k, 60, 7)) for k in range(7)}
+    assert {kept for edge, kept in folded if edge == "transformed"} == {False}
+    assert True in {kept for edge, kept in folded if edge == "planned"}
