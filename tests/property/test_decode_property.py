@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -104,6 +104,14 @@ DOCUMENTS = st.one_of(OBJECTS, OBJECTS, OBJECTS, mutated(), VALUES).map(
 RECORD = DOCUMENTS | st.binary(max_size=8) | st.none()
 BATCH = st.lists(RECORD, min_size=1, max_size=12)
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_records_in_bulk() -> Iterator[None]:
+    """Small logs, decoded as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_columns, "BULK_ROWS", 0)
+        yield
 
 
 def records(values: Sequence[bytes | None], start: int = 0) -> pa.Table:
