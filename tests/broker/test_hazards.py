@@ -17,6 +17,7 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 
 import kframe as kf
 from kframe.errors import ConfigError, LostRange, TooManyDeadLetters, TopicRecreated, UnreadableRecord
+from kframe.source import native
 
 pytestmark = pytest.mark.broker
 
@@ -46,6 +47,15 @@ peak_kb = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 print(made.batches(10_000)["rows"].max(), peak_kb // 1024)
 """
 """Runs a pipeline with a slow function; prints the largest batch in rows and the peak memory in MB."""
+
+
+@pytest.fixture(autouse=True, params=["native", "objects"])
+def drain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every hazard is met twice: with records drained in C, and by the client's Python objects."""
+    if request.param == "objects":
+        monkeypatch.setattr(native, "_libraries", lambda: None)
+    elif native._libraries() is None:
+        pytest.skip("drain.c was not compiled: no C compiler when kframe was installed")
 
 
 def produce(kafka: kf.LocalKafka, topic: str, numbers: Any, **options: Any) -> None:
@@ -192,12 +202,22 @@ def make_again(kafka: kf.LocalKafka, topic: str) -> None:
 def test_the_leader_epoch_is_stored_and_assigned(
     kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
 ) -> None:
-    """With it the broker tells a truncated log; without, records are skipped. Kills: dropping the epoch."""
+    """With it the broker tells a truncated log; without, records are skipped.
+
+    Kills: dropping the epoch, or forgetting it behind transaction markers, which carry none.
+    """
     topic = make_topic()
     produce(kafka, topic, range(5))
     with pipeline(kafka, tmp_path, topic) as made:
         made.run(progress=False)
         assert made.sql("SELECT position, leader_epoch FROM _kframe.positions").fetchall() == [(5, 0)]
+        writer = transactional(kafka, "aborts")
+        writer.begin_transaction()
+        writer.produce(topic, b"never")
+        writer.flush(30)
+        writer.abort_transaction(30)
+        made.run(progress=False)
+        assert made.sql("SELECT position, leader_epoch FROM _kframe.positions").fetchall() == [(7, 0)]
 
 
 def test_added_partitions_are_read_from_their_start(
