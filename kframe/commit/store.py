@@ -147,7 +147,7 @@ class Store:
     def compact(self) -> tuple[int, int]:
         """Write the file anew without the space that updates and deletes have left in it.
 
-        Cursors end; nobody may be reading or writing. A kill at any moment leaves the old file or the new one.
+        Cursors end; nobody may be reading or writing. A kill leaves the old file or the new one.
 
         Returns
         -------
@@ -156,7 +156,7 @@ class Store:
         Raises
         ------
         ConfigError
-            Another pipeline of this process has the file open, or its write-ahead log cannot be folded in now.
+            Another pipeline or reader of this process is in the way.
         """
         if len(self._users) > 1 or not self.checkpoint():
             raise ConfigError(
