@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from kframe.batch import json_columns, strict
+from kframe.batch import exact, strict
 from kframe.batch.decode import Decoder
 from kframe.errors import DefinitionError
 from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
@@ -20,11 +20,11 @@ from kframe.schema import Schema
 UTC = dt.UTC
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, json_columns.BULK_ROWS], ids=["bulk", "few"])
+@pytest.fixture(autouse=True, scope="module", params=[0, exact.BULK_ROWS], ids=["bulk", "few"])
 def few_records_in_bulk(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test here goes both ways: in bulk, and record by record."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_columns, "BULK_ROWS", request.param)
+        patch.setattr(exact, "BULK_ROWS", request.param)
         yield
 
 
