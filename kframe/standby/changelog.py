@@ -1,0 +1,193 @@
+"""A pipeline's changelog: its changed rows, and its ledger's, as records of one compacted topic.
+
+Keys and values are JSON, every value a text, so that each DuckDB type comes back as it was:
+
+    ["row", schema, table, {key column: text}]  -> the row; a tombstone deletes it
+    ["added", schema, table, batch_id, n]       -> a row of a table without key
+    ["table", schema, table]                    -> its columns' types
+    ["view", name]                              -> its SQL
+    ["commit"]                                  -> the batch to which everything before it belongs
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kframe.model import Change
+from kframe.schema import duckdb_type
+
+RECORD = pa.schema([("key", pa.binary()), ("value", pa.binary())])
+_COMMIT = b'["commit"]'
+_N = "_kframe_n"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The end of a batch in a changelog; ``delivered`` is the outbox id behind its last record."""
+
+    batch_id: int
+    epoch: int
+    delivered: int
+
+
+# ---- to records -------------------------------------------------------------------------------------
+
+
+def of_change(cur: duckdb.DuckDBPyConnection, change: Change, batch_id: int) -> pa.Table:
+    """The records (columns `RECORD`) for a change whose rows have the types of the stored table."""
+    parts = [RECORD.empty_table()]
+    if change.deletes is not None and change.deletes.num_rows:
+        parts.append(_encoded(cur, change.deletes, _row_key(change), "NULL"))
+    if change.rows.num_rows:
+        value = _object(change.rows.column_names)
+        rows = change.rows.append_column(_N, pa.array(range(change.rows.num_rows), pa.int64()))
+        key = _row_key(change) if change.key else _added_key(change, batch_id)
+        parts.append(_encoded(cur, rows, key, value))
+    return pa.concat_tables(parts)
+
+
+def of_table(change: Change, stored: pa.Schema) -> pa.Table:
+    """The record that says how a change's table is stored."""
+    columns = {field.name: duckdb_type(field.type) for field in stored}
+    return _one(["table", change.schema, change.table], columns)
+
+
+def of_view(name: str, sql: str) -> pa.Table:
+    """The record for a view."""
+    return _one(["view", name], {"sql": sql})
+
+
+def of_commit(commit: Commit) -> pa.Table:
+    """The record that ends a batch."""
+    return _one(["commit"], asdict(commit))
+
+
+def _row_key(change: Change) -> str:
+    prefix = json.dumps(["row", change.schema, change.table])[:-1]
+    return f"{_literal(prefix + ', ')} || {_object(change.key)} || ']'"
+
+
+def _added_key(change: Change, batch_id: int) -> str:
+    prefix = json.dumps(["added", change.schema, change.table, batch_id])[:-1]
+    return f"{_literal(prefix + ', ')} || {_N} || ']'"
+
+
+def _object(columns: tuple[str, ...] | list[str]) -> str:
+    """SQL for a JSON object of columns as texts."""
+    members = ", ".join(f"{_quote(c)} := CAST({_quote(c)} AS VARCHAR)" for c in columns)
+    return f"CAST(to_json(struct_pack({members})) AS VARCHAR)"
+
+
+def _encoded(cur: duckdb.DuckDBPyConnection, rows: pa.Table, key: str, value: str) -> pa.Table:
+    with _registered(cur, rows) as view:
+        query = f"SELECT encode({key}) AS key, encode({value}) AS value FROM {view}"
+        return cur.sql(query).to_arrow_table().cast(RECORD)
+
+
+def _one(key: list[str], value: Mapping[str, Any]) -> pa.Table:
+    row = {"key": json.dumps(key).encode(), "value": json.dumps(value).encode()}
+    return pa.Table.from_pylist([row], RECORD)
+
+
+# ---- from records -----------------------------------------------------------------------------------
+
+
+def last_commit(records: pa.Table) -> tuple[int, Commit] | None:
+    """Index of the last ``commit`` among records, and what it says; None when there is none."""
+    found = pc.indices_nonzero(pc.equal(records["key"].combine_chunks(), pa.scalar(_COMMIT, pa.binary())))
+    if not len(found):
+        return None
+    at = found[-1].as_py()
+    return at, Commit(**json.loads(records["value"][at].as_py()))
+
+
+class Log:
+    """Records in the order of their offsets, up to a ``commit``: the last of each key counts.
+
+    Parameters
+    ----------
+    cur : DuckDBPyConnection
+        On the follower's store, inside the transaction that will hold the changes.
+    records : Table
+        Columns `RECORD`.
+    """
+
+    def __init__(self, cur: duckdb.DuckDBPyConnection, records: pa.Table) -> None:
+        self._cur = cur
+        texts = {"k": records["key"].cast(pa.string()), "v": records["value"].cast(pa.string())}
+        rows = pa.table({**texts, "i": pa.array(range(records.num_rows), pa.int64())})
+        with _registered(cur, rows) as log:
+            self._rows = cur.sql(
+                f"SELECT k, arg_max(struct_pack(v := v), i).v AS v, max(i) AS i, k ->> '$[0]' AS kind, "
+                f"k ->> '$[1]' AS schema, k ->> '$[2]' AS name FROM {log} GROUP BY k ORDER BY i"
+            ).to_arrow_table()
+
+    def definitions(self) -> Iterator[str]:
+        """SQL that makes the tables and columns, then the views; to be run before `changes`."""
+        for schema, name, told in self._told("table"):
+            table = f"{_quote(schema)}.{_quote(name)}"
+            columns = [f"{_quote(column)} {type_}" for column, type_ in told.items()]
+            yield f"CREATE SCHEMA IF NOT EXISTS {_quote(schema)}"
+            yield f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)})"
+            yield from (f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column}" for column in columns)
+        for _, _, told in self._told("view"):
+            yield str(told["sql"])
+
+    def changes(self, next_batch_id: int) -> Iterator[Change]:
+        """The rows, table by table; without those that batches before `next_batch_id` have added."""
+        with _registered(self._cur, self._rows) as log:
+            found = f"SELECT DISTINCT schema, name, kind FROM {log} WHERE kind IN ('row', 'added') ORDER BY ALL"
+            for schema, name, kind in self._cur.execute(found).fetchall():
+                columns = self._cur.execute(f"DESCRIBE {_quote(schema)}.{_quote(name)}").fetchall()
+                types = {str(column[0]): str(column[1]) for column in columns}
+                mine = f"{log} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
+                if kind == "added":
+                    later = f"{mine} AND CAST(k ->> '$[3]' AS BIGINT) >= {next_batch_id}"
+                    yield Change(name, self._typed("v", types, later), schema=schema)
+                else:
+                    yield self._upsert(schema, name, types, mine)
+
+    def _upsert(self, schema: str, name: str, types: Mapping[str, str], mine: str) -> Change:
+        (told,) = self._cur.execute(f"SELECT json_keys(k, '$[3]') FROM {mine} LIMIT 1").fetchall()[0]
+        key = {column: types[column] for column in told}
+        gone = self._typed("k -> '$[3]'", key, f"{mine} AND v IS NULL")
+        rows = self._typed("v", types, f"{mine} AND v IS NOT NULL")
+        return Change(name, rows, tuple(key), gone, schema)
+
+    def _typed(self, source: str, types: Mapping[str, str], where: str) -> pa.Table:
+        texts = json.dumps(dict.fromkeys(types, "VARCHAR"))
+        casts = ", ".join(f"CAST(x.{_quote(c)} AS {t}) AS {_quote(c)}" for c, t in types.items())
+        parsed = f"SELECT from_json({source}, {_literal(texts)}) AS x, i FROM {where}"
+        return self._cur.sql(f"SELECT {casts} FROM ({parsed}) ORDER BY i").to_arrow_table()
+
+    def _told(self, kind: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        for row in self._rows.filter(pc.equal(self._rows["kind"], kind)).to_pylist():
+            yield row["schema"], row["name"], json.loads(row["v"])
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@contextmanager
+def _registered(cur: duckdb.DuckDBPyConnection, rows: pa.Table) -> Iterator[str]:
+    """Show rows to the cursor under a private name, yielded quoted."""
+    name = f"_kframe_{uuid.uuid4().hex}"
+    cur.register(name, rows)
+    try:
+        yield _quote(name)
+    finally:
+        cur.unregister(name)
