@@ -8,7 +8,7 @@ The layout, top to bottom; imports point down only::
     standalone                      topics without a pipeline
     definition, config              what a pipeline is made of; its options
     engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
-    source  batch  transform  commit  sinks  executors      the protocol's stages; siblings don't meet
+    source  batch  transform  commit  sinks  deliver  executors     its stages; siblings don't meet
     schema, model, errors, timings  values
 
 `kframe.testing` and `kframe.broker` stand beside: a log in memory and faults for users' own tests, and a

@@ -8,7 +8,9 @@ from typing import Any
 
 from kframe.batch.decode import Decoder
 from kframe.errors import DefinitionError
+from kframe.model import Outlet
 from kframe.schema import Schema
+from kframe.transform.output import Output
 from kframe.transform.step import Step
 
 _RESERVED_PREFIX = "_kframe"
@@ -47,11 +49,12 @@ class Definition:
         self.topics: dict[str, Topic] = {}
         self.steps: tuple[Step, ...] = ()
         self.side_tables: list[str] = []
+        self.outlets: dict[tuple[str, str], Outlet] = {}
 
     @property
     def tables(self) -> list[str]:
         """Names of the tables that its steps write, and of its side tables."""
-        return [*(s.name for s in self.steps), *self.side_tables]
+        return [*(s.name for s in self.steps if not isinstance(s, Output)), *self.side_tables]
 
     def add_topic(self, topic: Topic) -> None:
         """Add a topic, or replace the one of the same name."""
@@ -89,7 +92,7 @@ class Definition:
         if not self.steps:
             raise DefinitionError(
                 f"Pipeline {self.pipeline!r} has no steps.",
-                hint="Add one: land(), @table(), aggregate() or sql_table().",
+                hint="Add one: land(), @table(), @output(), aggregate() or sql_table().",
             )
 
     def read_topics(self) -> list[str]:

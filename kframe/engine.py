@@ -6,7 +6,7 @@
     plan      <- offset ranges
     partials  <- fetch, decode, steps that read records alone      (executor: pure, repeatable)
     changes   <- partials merged with what the store holds
-    BEGIN     changes, dead letters, batch log; positions by compare-and-set     COMMIT
+    BEGIN     changes, outbox, dead letters, batch log; positions by compare-and-set     COMMIT
     acknowledge
 """
 
@@ -21,15 +21,29 @@ from kframe.ahead import Ahead, Prepared
 from kframe.batch.decode import Decoder
 from kframe.batch.plan import plan_batch, split, tiled
 from kframe.commit.ledger import Ledger, now
+from kframe.commit.outbox import Outbox
 from kframe.commit.store import Store
 from kframe.commit.transaction import transaction
 from kframe.errors import TooManyDeadLetters, TopicRecreated
 from kframe.executors.local import Executor
-from kframe.model import BatchReport, Change, Fetched, Limits, OffsetRange, Partial, Position, TopicPartition
+from kframe.model import (
+    OUTPUT,
+    BatchReport,
+    Change,
+    Fetched,
+    Limits,
+    OffsetRange,
+    Outlet,
+    Partial,
+    Position,
+    TopicPartition,
+)
+from kframe.sinks.outbox import post
 from kframe.sinks.table import prepare, write
 from kframe.source.protocol import Source
 from kframe.timings import Timings
 from kframe.transform.lookup import table_rows, table_schema
+from kframe.transform.output import shown
 from kframe.transform.step import Step
 from kframe.worker import AtEdge, Worker, complete, run_step, touched
 
@@ -64,6 +78,8 @@ class Engine:
         Where a bounded run ends.
     dead_letters_max_ratio : float
         Of all records of this run (at least 100 are counted); more stops the run.
+    outlets : sequence of Outlet
+        Which changed rows leave, through the outbox.
     """
 
     def __init__(
@@ -82,6 +98,7 @@ class Engine:
         stopped: Callable[[], bool],
         dead_letters_max_ratio: float,
         at_edge: AtEdge,
+        outlets: Sequence[Outlet] = (),
     ) -> None:
         self.store = store
         self.ledger = ledger
@@ -97,6 +114,8 @@ class Engine:
         self._stopped = stopped
         self._dead_letters_max_ratio = dead_letters_max_ratio
         self._at_edge = at_edge
+        self._outlets = outlets
+        self._outbox = Outbox(store, ledger.pipeline)
         self._defined: Sequence[Step] | None = None
         self._worker: Worker | None = None
         self._ahead = Ahead(self._read, enabled=not any(d.learns for d in decoders.values()))
@@ -161,7 +180,10 @@ class Engine:
             with timings.stage("write"):
                 self._define(cur, steps)
                 for change in changes:
-                    write(cur, change)
+                    if change.schema != OUTPUT:
+                        write(cur, change)
+                if self._outlets:
+                    self._post(cur, report.batch_id, steps, changes)
                 if replaces_dead_letters:
                     self.ledger.exhume(cur)
                 self.ledger.bury(cur, report.batch_id, dead)
@@ -208,6 +230,13 @@ class Engine:
             if found:
                 changes += step.merge(cur, step.combine(con, found))
         return changes
+
+    def _post(
+        self, cur: duckdb.DuckDBPyConnection, batch_id: int, steps: Sequence[Step], changes: Sequence[Change]
+    ) -> None:
+        """Put the rows that leave into the outbox."""
+        seen = shown(cur, steps, changes, {outlet.step for outlet in self._outlets})
+        post(cur, self._outbox, self._outlets, seen, batch_id)
 
     def _define(self, cur: duckdb.DuckDBPyConnection, steps: Sequence[Step]) -> None:
         """Store new definitions, and make the tables and views that they need."""

@@ -4,7 +4,8 @@
 
     KframeError
     ├── Retryable              nothing has changed; the same call may succeed later
-    │   └── BrokerUnavailable
+    │   ├── BrokerUnavailable
+    │   └── DeliveryDelayed    committed rows have not reached their target yet
     ├── AbortBatch             this batch was rolled back; positions and tables are as before
     │   ├── StepError          a user's function raised, or a SQL step failed
     │   ├── SchemaError        data does not fit the declared or stored types
@@ -18,6 +19,8 @@
         ├── LostRange          Kafka no longer has offsets that were still to be read
         ├── TopicRecreated     the topic was deleted and made again
         ├── UnreadableRecord   the client cannot get past an offset
+        ├── DeliveryRefused    a target will not take a committed row
+        ├── DeliveryUnknown    nobody can say which committed rows a target has
         └── LocalKafkaError    the local broker could not be fetched or started
 
 The text of an error says what happened and where, what was kept, and the next step.
@@ -55,6 +58,10 @@ class Retryable(KframeError):
 
 class BrokerUnavailable(Retryable):
     """No broker answered in time."""
+
+
+class DeliveryDelayed(Retryable):
+    """Committed rows have not reached their target yet; the outbox keeps them."""
 
 
 class AbortBatch(KframeError):
@@ -143,6 +150,14 @@ class TopicRecreated(Fatal):
 
 class UnreadableRecord(Fatal):
     """Kafka's client cannot get past an offset."""
+
+
+class DeliveryRefused(Fatal):
+    """A target will not take a committed row; the outbox keeps it and those behind it."""
+
+
+class DeliveryUnknown(Fatal):
+    """Nobody can say which of the committed rows a target has; the outbox keeps them."""
 
 
 class LocalKafkaError(Fatal):

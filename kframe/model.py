@@ -126,6 +126,44 @@ class Change:
         return "upsert" if self.key else "append"
 
 
+OUTPUT = "_output"
+"""The schema of a `Change` that is no table's: its rows only leave, through an `Outlet`."""
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """Where the changed rows of a step's table, or an output step's rows, go after the commit.
+
+    ``target`` names whose outbox, ``name`` the topic or table there. ``records``: the rows become JSON
+    records keyed by the columns `key`; else they go as they are. ``null_keys`` False: a row without a key is
+    refused before the commit, as a compacted topic would refuse it after.
+    """
+
+    step: str
+    target: str
+    name: str
+    key: tuple[str, ...] = ()
+    records: bool = True
+    null_keys: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Rows on their way out: the ids ``[first_id, stop_id)`` of one target's outbox, which has no gaps.
+
+    ``kind`` is ``"append"``, ``"upsert"`` or ``"delete"`` (then `rows` holds the key columns only). Records
+    for Kafka are appended: columns ``key`` and ``value``, binary; a null value is a tombstone.
+    """
+
+    first_id: int
+    stop_id: int
+    batch_id: int
+    name: str
+    kind: str
+    key: tuple[str, ...]
+    rows: pa.Table
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much one micro-batch may hold, and how long it may wait for more."""

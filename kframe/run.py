@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tqdm.auto import tqdm
 
 from kframe.batch.infer import infer_schema
 from kframe.commit.ledger import Ledger
+from kframe.commit.outbox import Outbox
 from kframe.commit.store import Store
 from kframe.commit.transaction import transaction
 from kframe.config import Options
 from kframe.definition import Definition, Topic
+from kframe.deliver.deliverer import Deliveries
+from kframe.deliver.target import Target
 from kframe.engine import Engine, recreated
 from kframe.errors import (
     BrokerUnavailable,
@@ -28,8 +32,9 @@ from kframe.errors import (
     is_interrupt,
 )
 from kframe.executors.local import Executor, LocalExecutor
-from kframe.model import BatchReport, Fetched, Position, RunReport, TopicPartition
+from kframe.model import BatchReport, Fetched, Outlet, Position, RunReport, TopicPartition
 from kframe.schema import Schema
+from kframe.sinks.outbox import enrol
 from kframe.source.bounded import read_bounded
 from kframe.source.protocol import Source, TopicInfo
 from kframe.worker import AtEdge
@@ -48,6 +53,9 @@ _INFER_ROWS = 1000
 _RETRY_S = 1.0
 _METADATA_S = 5.0
 _WAL_BYTES = 256 << 20
+_UNDELIVERED_MAX = 1_000_000  # rows in the outbox; beyond it, reading waits for the deliverers
+_PATIENCE_S = 60.0
+_CLOSE_S = 10.0
 
 
 class Run:
@@ -59,6 +67,10 @@ class Run:
         Stop at the end offsets seen at the start, or follow the topics for ever.
     progress : bool
         Show a progress bar.
+    outlets : callable
+        What leaves, with the topics checked. Asked once, when the run takes over.
+    targets : sequence of Target
+        Where rows are delivered.
     """
 
     def __init__(
@@ -73,6 +85,8 @@ class Run:
         until_end: bool,
         progress: bool,
         at_edge: AtEdge,
+        outlets: Callable[[], Sequence[Outlet]],
+        targets: Sequence[Target],
     ) -> None:
         self.state = "new"
         self.error: BaseException | None = None
@@ -90,6 +104,8 @@ class Run:
         self._until_end = until_end
         self._progress = progress
         self._at_edge = at_edge
+        self._outlets = outlets
+        self._deliveries = Deliveries(Outbox(store, ledger.pipeline), targets, at_edge) if targets else None
         self._stop = threading.Event()
         self._unpaused = threading.Event()
         self._unpaused.set()
@@ -141,6 +157,7 @@ class Run:
             self._become("running")
             self.engine = self._prepare()
             self.last = self.engine.retry(records)
+            self._deliver_rest()
             self._become("stopped")
             return self.report()
         except BaseException as error:
@@ -151,10 +168,17 @@ class Run:
 
     def _end(self) -> None:
         self._stop.set()
+        if self._deliveries is not None:
+            self._deliveries.close(0.0)
         if self.engine is not None:
             self.engine.close()
         self._source.close()
         self.ended.set()
+
+    @property
+    def delivery_trouble(self) -> str | None:
+        """Why committed rows do not reach their targets, if they don't."""
+        return self._deliveries.trouble() if self._deliveries else None
 
     def report(self) -> RunReport:
         """What the run has done so far."""
@@ -177,6 +201,8 @@ class Run:
                 if not self._unpaused.is_set():
                     self._hold()
                     continue
+                if self._deliveries is not None:
+                    self._let_catch_up(self._deliveries)
                 try:
                     report = engine.run_batch()
                     if not self._until_end and time.monotonic() >= look_again:
@@ -205,6 +231,8 @@ class Run:
                 return
 
     def _after_commit(self) -> None:
+        if self._deliveries is not None:
+            self._deliveries.wake()
         with contextlib.suppress(OSError):
             if os.path.getsize(self._store.path + ".wal") > _WAL_BYTES:
                 self._store.checkpoint()
@@ -217,7 +245,29 @@ class Run:
         took = time.monotonic() - began
         self._snapshot_due = began + max(1.0, 10 * took)  # copying stays a small part of the work
 
+    def _let_catch_up(self, deliveries: Deliveries) -> None:
+        """Hold reading back while the outbox is long, so that a slow target does not fill the disk."""
+        for _ in deliveries.progress(_UNDELIVERED_MAX, math.inf):
+            if self._stop.is_set():
+                return
+
+    def _deliver_rest(self) -> None:
+        """Deliver what is committed: a bounded run all of it, a stopped one what it can in bounded time."""
+        if self._deliveries is None:
+            return
+        self._deliveries.wake()
+        left = self._deliveries.undelivered()
+        with self._progress_bar(left, "delivering", " rows") as advance:
+            for now_left in self._deliveries.progress(0, _PATIENCE_S) if self._until_end else ():
+                advance(left - now_left)
+                left = now_left
+                if self._stop.is_set():
+                    break
+        self._deliveries.close(_CLOSE_S)
+        self._deliveries.check()
+
     def _finish(self) -> None:
+        self._deliver_rest()
         self._store.checkpoint()
         if self._options.snapshot_to:
             self._snapshot()
@@ -229,10 +279,15 @@ class Run:
     @contextlib.contextmanager
     def _bar(self, engine: Engine) -> Iterator[Callable[[int], object]]:
         total = sum(engine.stops[tp] - p.offset for tp, p in engine.positions.items()) if engine.stops else 0
+        with self._progress_bar(total, "", " records") as advance:
+            yield advance
+
+    @contextlib.contextmanager
+    def _progress_bar(self, total: int, doing: str, unit: str) -> Iterator[Callable[[int], object]]:
         with tqdm(
             total=total,
-            desc=self._definition.pipeline,
-            unit=" records",
+            desc=f"{self._definition.pipeline} {doing}".strip(),
+            unit=unit,
             unit_scale=True,
             disable=None if self._progress and self._until_end else True,
         ) as bar:
@@ -252,6 +307,7 @@ class Run:
         schemas = {t: self._schema(self._definition.topics[t], infos[t], known) for t in topics}
         missing = self._missing_positions(infos, known)
         cluster_id = self._source.cluster_id()
+        outlets = self._outlets()
         with transaction(self._store, lambda: False) as cur:
             self._ledger.claim(cur, _owner(), cluster_id)
             fingerprints = {s.name: s.fingerprint() for s in self._definition.steps}
@@ -259,6 +315,9 @@ class Run:
             for topic in topics:
                 self._ledger.pin_topic(cur, topic, infos[topic].topic_id, schemas[topic].to_dict())
             self._ledger.add_positions(cur, missing)
+            enrol(cur, Outbox(self._store, self._ledger.pipeline), outlets, self._ledger.next_batch_id())
+        if self._deliveries is not None:
+            self._deliveries.start()
         positions = {tp: p for tp, p in self._ledger.positions().items() if tp.topic in infos}
         positions = self._start_source(positions)
         return Engine(
@@ -275,6 +334,7 @@ class Run:
             stopped=self._stopped,
             dead_letters_max_ratio=self._options.dead_letters_max_ratio,
             at_edge=self._at_edge,
+            outlets=outlets,
         )
 
     def _stopped(self) -> bool:

@@ -9,6 +9,7 @@ from html import escape
 import pandas as pd
 
 from kframe.commit.ledger import Ledger
+from kframe.commit.outbox import Outbox
 from kframe.model import TopicPartition
 from kframe.run import Run
 from kframe.source.kafka import KafkaSource
@@ -36,6 +37,8 @@ class Status:
     positions: Mapping[TopicPartition, int]
     trouble: str | None
     error: str | None
+    undelivered: int = 0
+    """Committed rows that have not reached their targets yet."""
 
     def __repr__(self) -> str:
         lines = [
@@ -44,6 +47,8 @@ class Status:
         ]
         if self.limited_by:
             lines.append(f"  the pace is set by {self.limited_by}")
+        if self.undelivered:
+            lines.append(f"  {self.undelivered:,} committed rows are still to be delivered")
         if self.trouble:
             lines.append(f"  trouble: {self.trouble}")
         if self.error:
@@ -67,8 +72,9 @@ def status_of(name: str, run: Run | None, ledger: Ledger) -> Status:
         report.rows / seconds if report and seconds > 0 else 0.0,
         limited_by(run.last.timings_ms) if run and run.last else None,
         {tp: p.offset for tp, p in ledger.positions().items()},
-        run.trouble if run else None,
+        (run.trouble or run.delivery_trouble) if run else None,
         str(run.error).splitlines()[0] if run and run.error and str(run.error) else None,
+        Outbox(ledger.store, ledger.pipeline).undelivered(),
     )
 
 

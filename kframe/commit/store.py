@@ -42,6 +42,14 @@ CREATE TABLE IF NOT EXISTS _kframe.dead_letters (
 CREATE TABLE IF NOT EXISTS _kframe.gaps (
     pipeline VARCHAR NOT NULL, topic VARCHAR NOT NULL, partition INTEGER NOT NULL,
     start BIGINT NOT NULL, stop BIGINT NOT NULL, reason VARCHAR NOT NULL, noticed_at TIMESTAMPTZ NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.outbox (
+    pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, first_id BIGINT NOT NULL, stop_id BIGINT NOT NULL,
+    batch_id BIGINT NOT NULL, name VARCHAR NOT NULL, kind VARCHAR NOT NULL, "key" VARCHAR[] NOT NULL,
+    rows BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.deliveries (
+    pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, position BIGINT NOT NULL, exact BOOLEAN NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.outlets (
+    pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, name VARCHAR NOT NULL);
 """
 
 _SETTINGS = (

@@ -18,7 +18,7 @@ from kframe.definition import Definition
 from kframe.errors import ConfigError, Fenced, KframeError
 from kframe.executors.local import Executor
 from kframe.model import RunReport
-from kframe.pipeline.declaring import Declaring
+from kframe.pipeline.delivering import Delivering
 from kframe.run import Run, stop_on_sigterm
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
@@ -28,7 +28,7 @@ from kframe.worker import AtEdge
 _pipelines: dict[tuple[str, str], Running] = {}
 
 
-class Running(Declaring):
+class Running(Delivering):
     """The part of `Pipeline` that holds the file and runs the steps."""
 
     def __init__(
@@ -119,7 +119,10 @@ class Running(Declaring):
         self._current("resume()").resume()
 
     def stop(self) -> None:
-        """End the run after its running batch, and wait for that. Nothing to do is no error."""
+        """End the run after its running batch, and wait for that. Nothing to do is no error.
+
+        What is committed is delivered, for at most 10 seconds; the next run delivers the rest.
+        """
         run = self._run
         if run is None:
             return
@@ -173,6 +176,8 @@ class Running(Declaring):
             until_end=until_end,
             progress=progress,
             at_edge=self._at_edge,
+            outlets=self._outlets,
+            targets=self._targets(),
         )
         return self._run
 

@@ -20,6 +20,7 @@ Examples
 >>> check_batch_equivalence(big, pd.DataFrame({"sku": ["a", "b"], "qty": [1, 2]}))
 """
 
+from kframe.deliver.deliverer import EDGES as DELIVERY_EDGES
 from kframe.engine import EDGES
 from kframe.source.memory import MemorySource
 from kframe.testing.equivalence import check_batch_equivalence
@@ -28,6 +29,7 @@ from kframe.testing.frames import difference
 from kframe.testing.script import add, check, crash, partitions, play, resume, run, skip
 
 __all__ = [
+    "DELIVERY_EDGES",
     "EDGES",
     "Fault",
     "Faults",

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass
 
+from kframe.deliver.deliverer import EDGES as DELIVERY_EDGES
 from kframe.engine import EDGES
 
 KINDS = ("exception", "interrupt", "kill")
@@ -24,7 +25,7 @@ class Fault:
     Parameters
     ----------
     edge : str
-        One of `EDGES`.
+        One of `EDGES` or `DELIVERY_EDGES`.
     kind : "exception", "interrupt" or "kill"
     at : int
         The pass that fires, counted from 1 when the fault is armed.
@@ -35,7 +36,7 @@ class Fault:
     at: int = 1
 
     def __post_init__(self) -> None:
-        for what, value, known in (("edge", self.edge, EDGES), ("kind", self.kind, KINDS)):
+        for what, value, known in (("edge", self.edge, EDGES + DELIVERY_EDGES), ("kind", self.kind, KINDS)):
             if value not in known:
                 raise ValueError(f"Fault: there is no {what} {value!r}. Choose from {', '.join(known)}.")
         if self.at < 1:

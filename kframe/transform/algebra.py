@@ -236,16 +236,49 @@ class Incremental:
         return [*made, self._view(bound)]
 
     def _view(self, bound: Bound) -> str:
-        inner = [quote(name) for name in self.key]
-        inner += [f"{sql} AS {quote(slot)}" for slot, sql in bound.finals.items()]
         state = _state(self.name)
         state = state if self.keys else f"(SELECT 1) LEFT JOIN {state} ON true"
-        outer = ", ".join(f"{sql} AS {quote(name)}" for name, sql in self.outputs)
-        where = f" WHERE {self.having}" if self.having else ""
         return (
             f"CREATE OR REPLACE VIEW main.{quote(self.name)} AS "
-            f"SELECT {outer} FROM (SELECT {', '.join(inner)} FROM {state}){where}"
+            f"{self._finished(bound, state, self.having or 'true')}"
         )
+
+    def _finished(self, bound: Bound, state: str, where: str) -> str:
+        """The SELECT that users see, over rows of the state."""
+        inner = [quote(name) for name in self.key]
+        inner += [f"{sql} AS {quote(slot)}" for slot, sql in bound.finals.items()]
+        outer = ", ".join(f"{sql} AS {quote(name)}" for name, sql in self.outputs)
+        return f"SELECT {outer} FROM (SELECT {', '.join(inner)} FROM {state}) WHERE {where}"
+
+    # --- what users see ----------------------------------------------------------------------------
+
+    def shown_key(self) -> tuple[str, ...]:
+        """The view's columns that are the group keys.
+
+        Raises
+        ------
+        DefinitionError
+            There is no key, or the view does not show one of them.
+        """
+        shown = {sql: name for name, sql in reversed(self.outputs)}
+        hidden = [key for key in self.key if quote(key) not in shown]
+        if hidden or not self.keys:
+            raise DefinitionError(
+                f"Table {self.name!r} does not show {hidden[0] if self.keys else 'any group column'}, so its "
+                "rows cannot be told apart elsewhere.",
+                hint="Group by columns, and SELECT each of them.",
+            )
+        return tuple(shown[quote(key)] for key in self.key)
+
+    def shown(self, cur: duckdb.DuckDBPyConnection, rows: pa.Table) -> Change:
+        """The view's rows for whole rows of the state, as an upsert; those that HAVING hides, deleted."""
+        bound, key = self._last_bound(), self.shown_key()
+        with registered(cur, rows) as state:
+            seen = cur.sql(self._finished(bound, state, self.having or "true")).to_arrow_table()
+            if not self.having:
+                return Change(self.name, seen, key)
+            hidden = cur.sql(self._finished(bound, state, f"({self.having}) IS NOT TRUE")).to_arrow_table()
+        return Change(self.name, seen, key, hidden.select(list(key)))
 
     # --- partial, combine, merge -------------------------------------------------------------------
 

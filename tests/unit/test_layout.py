@@ -17,7 +17,7 @@ LAYERS = [
     {"pipeline"},
     {"run", "status", "standalone", "reading", "rebuild", "definition", "config"},
     {"engine", "worker", "ahead"},
-    {"source", "batch", "transform", "commit", "sinks", "executors"},
+    {"source", "batch", "transform", "commit", "sinks", "deliver", "executors"},
     {"schema", "model", "errors", "timings"},
 ]
 """Top to bottom, as in the note in `kframe`."""
@@ -28,6 +28,9 @@ STAGES = LAYERS[5]
 MEET = {
     ("source", "batch"),  # reading a bounded set of offsets goes by the plan
     ("commit", "transform"),
+    ("sinks", "commit"),  # the outbox is a sink that lives beside the ledger
+    ("deliver", "commit"),
+    ("deliver", "source"),  # one set of client settings
 }
 """Stages that import another one."""
 
@@ -82,7 +85,7 @@ def test_plan_and_transform_know_no_kafka(path: Path) -> None:
 
 def test_the_client_stays_in_its_rooms() -> None:
     users = {own_room(p) for p in FILES if any(m.startswith("confluent_kafka") for m in imports(p))}
-    assert users <= {"source", "broker", "standalone", "demo", "cli"}
+    assert users <= {"source", "deliver", "broker", "standalone", "demo", "cli"}
 
 
 def test_only_the_transaction_begins_and_commits() -> None:

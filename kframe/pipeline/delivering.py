@@ -1,0 +1,158 @@
+"""Declaring what leaves a pipeline: output topics and published tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from kframe.commit.outbox import Outbox
+from kframe.config import Options
+from kframe.definition import as_columns
+from kframe.deliver.kafka import NAME as KAFKA
+from kframe.deliver.kafka import IdempotentTopics, TransactionalTopics
+from kframe.deliver.producing import prepare_topics
+from kframe.deliver.target import Target
+from kframe.errors import DefinitionError
+from kframe.model import Outlet
+from kframe.pipeline.declaring import Declaring, Function
+from kframe.source.settings import Settings
+from kframe.transform.output import Output, shown_key
+from kframe.transform.rows import row_step
+
+
+class Delivering(Declaring):
+    """The part of `Pipeline` that declares where rows go after the commit."""
+
+    _options: Options
+    _settings: Settings | None
+
+    def output(
+        self,
+        topic: str,
+        *,
+        key: str | Sequence[str] | None = None,
+        inputs: Sequence[str] | None = None,
+        lookup: Mapping[str, str] | None = None,
+    ) -> Callable[[Function], Function]:
+        """Send what the decorated function returns for each batch to a topic.
+
+        The rows are committed with the batch and delivered after it: exactly once, or at least once, as
+        ``processing_guarantee`` says. Values are JSON objects of all columns: missing values null, times ISO
+        8601 text, decimals text, bytes Base64.
+
+        Parameters
+        ----------
+        topic : str
+            Made when missing, with the broker's default partitions.
+        key : str or sequence of str, optional
+            The column whose value, as text, is the record's key; several: a JSON object. Records of one key
+            arrive in order. The rows may carry a boolean column ``_tombstone``: True sends a null value.
+        inputs, lookup
+            As in `table`.
+
+        Returns
+        -------
+        callable
+            The decorator. The function itself stays as it was.
+
+        Raises
+        ------
+        DefinitionError
+            The pipeline has no brokers, or runs and has no such output yet.
+        """
+        outlet = Outlet(f"output:{topic}", KAFKA, topic, as_columns(key))
+
+        def define(function: Function) -> Function:
+            self._check_outlet(outlet, "output()")
+            step = row_step(
+                outlet.step,
+                function,
+                topics={t.name: t.include for t in self._definition.topics.values()},
+                tables=[t for t in self._definition.tables if t not in self._definition.topics],
+                key=(),
+                inputs=inputs,
+                lookup=lookup or {},
+            )
+            self._define(Output(**vars(step), record_key=outlet.key))
+            self._definition.outlets[KAFKA, topic] = outlet
+            return function
+
+        return define
+
+    def publish(
+        self, table: str, *, topic: str | None = None, key: str | Sequence[str] | None = None
+    ) -> None:
+        """Send a table's changed rows of each batch to a topic.
+
+        A keyed table or an aggregate goes to a compacted topic: its rows as upserts, removed keys as
+        tombstones, so that the last record of each key is the table. A table without a key sends the rows
+        that are added. What the table holds when it is first published is sent first.
+
+        Parameters
+        ----------
+        table : str
+        topic : str, optional
+            Default: the table's name. Made when missing, compacted for keyed tables.
+        key : str or sequence of str, optional
+            For tables without a key of their own: the columns that key the records.
+
+        Raises
+        ------
+        DefinitionError
+            No step makes `table`, its key is another one, or an aggregate does not show its group columns.
+        """
+        own = self._key_of(table)
+        given = as_columns(key)
+        if own and given not in ((), own):
+            raise DefinitionError(
+                f"publish({table!r}): the table's key is {', '.join(own)}, not {', '.join(given)}.",
+                hint="Leave key= out.",
+            )
+        outlet = Outlet(table, KAFKA, topic or table, own or given, null_keys=not own)
+        self._check_outlet(outlet, "publish()")
+        self._definition.outlets[KAFKA, outlet.name] = outlet
+
+    # ---- inside -------------------------------------------------------------------------------------
+
+    def _key_of(self, table: str) -> tuple[str, ...]:
+        """The key of a step's table as users see it."""
+        steps = {s.name: s for s in self._definition.steps if s.name in self._definition.tables}
+        if table not in steps:
+            raise DefinitionError(
+                f"No step makes the table {table!r}.", hint=f"Tables: {', '.join(steps) or 'none'}."
+            )
+        return shown_key(steps[table])
+
+    def _check_outlet(self, outlet: Outlet, what: str) -> None:
+        if self._settings is None:
+            raise DefinitionError(
+                f"{what} sends to Kafka, and this pipeline has no brokers.",
+                hint='Give brokers= instead of source=: Pipeline(..., brokers="localhost:9092").',
+            )
+        old = self._definition.outlets.get((outlet.target, outlet.name))
+        if old != outlet:
+            self._check_quiet(what)
+        if old is not None and old.step != outlet.step:
+            raise DefinitionError(
+                f"{what}: {outlet.name!r} gets the rows of {old.step!r} already.",
+                hint="Give one of the two another topic=.",
+            )
+
+    def _outlets(self) -> tuple[Outlet, ...]:
+        """The outlets, their topics made and looked at."""
+        outlets = tuple(self._definition.outlets.values())
+        records = [o for o in outlets if o.target == KAFKA]
+        if not records or self._settings is None:
+            return outlets
+        compacted = prepare_topics(self._settings, records)
+        return tuple(replace(o, null_keys=False) if o.name in compacted and o.records else o for o in outlets)
+
+    def _targets(self) -> list[Target]:
+        """Where rows go: of the outlets of now, and of those that were and have left rows behind."""
+        wanted = {target for target, _ in self._definition.outlets}
+        left = Outbox(self._store, self.name).undelivered(KAFKA)
+        if self._settings is None or not (KAFKA in wanted or left):
+            return []
+        if self._options.processing_guarantee == "exactly_once":
+            return [TransactionalTopics(self._settings, self.name)]
+        return [IdempotentTopics(self._settings)]
