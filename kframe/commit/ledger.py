@@ -203,10 +203,15 @@ class Ledger:
             ],
         )
 
-    def next_batch_id(self) -> int:
+    def next_batch_id(self, cur: Cursor | None = None) -> int:
         """The id that the next committed batch gets."""
-        rows = self._read("SELECT next_batch_id FROM _kframe.pipelines WHERE name = ?")
+        rows = self._read("SELECT next_batch_id FROM _kframe.pipelines WHERE name = ?", cur=cur)
         return int(rows[0][0]) if rows else 0
+
+    def last_committed_at(self) -> datetime | None:
+        """When the last batch was committed."""
+        rows = self._read("SELECT epoch_ms(max(committed_at)) FROM _kframe.batches WHERE pipeline = ?")
+        return datetime.fromtimestamp(rows[0][0] / 1000, UTC) if rows[0][0] is not None else None
 
     def has_batch(self, batch_id: int) -> bool:
         """Whether this epoch's batch is durable in the file."""

@@ -149,14 +149,24 @@ class Outbox:
 
     def trim(self, target: str, position: int, *, exact: bool) -> None:
         """Remove what lies below `position`, which has been delivered."""
-        mine = [self.pipeline, target]
         with transaction(self.store, lambda: False) as cur:
+            self.delivered(cur, target, position, exact=exact)
+
+    def delivered(self, cur: duckdb.DuckDBPyConnection, target: str, position: int, *, exact: bool) -> None:
+        """As `trim`, inside a transaction."""
+        mine = [self.pipeline, target]
+        cur.execute(
+            "DELETE FROM _kframe.outbox WHERE pipeline = ? AND target = ? AND stop_id <= ?", [*mine, position]
+        )
+        cur.execute("DELETE FROM _kframe.deliveries WHERE pipeline = ? AND target = ?", mine)
+        cur.execute("INSERT INTO _kframe.deliveries VALUES (?, ?, ?, ?)", [*mine, position, exact])
+
+    def forget(self, cur: duckdb.DuckDBPyConnection, target: str) -> None:
+        """Remove everything of a target, delivered or not."""
+        for table in ("outbox", "deliveries", "outlets"):
             cur.execute(
-                "DELETE FROM _kframe.outbox WHERE pipeline = ? AND target = ? AND stop_id <= ?",
-                [*mine, position],
+                f"DELETE FROM _kframe.{table} WHERE pipeline = ? AND target = ?", [self.pipeline, target]
             )
-            cur.execute("DELETE FROM _kframe.deliveries WHERE pipeline = ? AND target = ?", mine)
-            cur.execute("INSERT INTO _kframe.deliveries VALUES (?, ?, ?, ?)", [*mine, position, exact])
 
 
 def _packed(rows: pa.Table) -> bytes:

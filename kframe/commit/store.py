@@ -50,6 +50,10 @@ CREATE TABLE IF NOT EXISTS _kframe.deliveries (
     pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, position BIGINT NOT NULL, exact BOOLEAN NOT NULL);
 CREATE TABLE IF NOT EXISTS _kframe.outlets (
     pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, name VARCHAR NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.followed (
+    pipeline VARCHAR NOT NULL, position BIGINT NOT NULL, whole BOOLEAN NOT NULL, followed_at TIMESTAMPTZ NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.file (id VARCHAR NOT NULL);
+INSERT INTO _kframe.file SELECT CAST(uuid() AS VARCHAR) WHERE NOT EXISTS (FROM _kframe.file);
 """
 
 _SETTINGS = (
@@ -104,6 +108,12 @@ class Store:
                 hint="Create the Pipeline inside the process that uses it, or read a snapshot_to= copy.",
             )
         return self._con.cursor()
+
+    @property
+    def id(self) -> str:
+        """The file's own id; a snapshot has another one."""
+        (row,) = self.cursor().execute("SELECT id FROM _kframe.file").fetchall()
+        return str(row[0])
 
     def use(self, user: object) -> None:
         """Keep the file open for `user`."""
@@ -200,6 +210,7 @@ class Store:
         cur.execute(f"ATTACH {_literal(str(copy))} AS _kframe_snapshot")
         try:
             cur.execute(f"COPY FROM DATABASE {quote(source)} TO _kframe_snapshot")
+            cur.execute("UPDATE _kframe_snapshot._kframe.file SET id = CAST(uuid() AS VARCHAR)")
         finally:
             cur.execute("DETACH _kframe_snapshot")
         beside = target.with_name(f".{target.name}.{os.getpid()}.part")

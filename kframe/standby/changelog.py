@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kframe.model import Change
-from kframe.schema import duckdb_type
 
 RECORD = pa.schema([("key", pa.binary()), ("value", pa.binary())])
 _COMMIT = b'["commit"]'
@@ -32,11 +31,15 @@ _N = "_kframe_n"
 
 @dataclass(frozen=True)
 class Commit:
-    """The end of a batch in a changelog; ``delivered`` is the outbox id behind its last record."""
+    """The end of a batch in a changelog.
+
+    ``delivered`` is the outbox id behind its last record, ``file`` the id of the file that it comes from.
+    """
 
     batch_id: int
     epoch: int
     delivered: int
+    file: str
 
 
 # ---- to records -------------------------------------------------------------------------------------
@@ -55,9 +58,8 @@ def of_change(cur: duckdb.DuckDBPyConnection, change: Change, batch_id: int) -> 
     return pa.concat_tables(parts)
 
 
-def of_table(change: Change, stored: pa.Schema) -> pa.Table:
-    """The record that says how a change's table is stored."""
-    columns = {field.name: duckdb_type(field.type) for field in stored}
+def of_table(change: Change, columns: Mapping[str, str]) -> pa.Table:
+    """The record that says how a change's table is stored: each column's SQL type."""
     return _one(["table", change.schema, change.table], columns)
 
 
@@ -139,17 +141,22 @@ class Log:
             yield f"CREATE SCHEMA IF NOT EXISTS {_quote(schema)}"
             yield f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)})"
             yield from (f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column}" for column in columns)
-        for _, _, told in self._told("view"):
+        for name, _, told in self._told("view"):
+            yield f"DROP VIEW IF EXISTS main.{_quote(name)}"
             yield str(told["sql"])
 
     def changes(self, next_batch_id: int) -> Iterator[Change]:
         """The rows, table by table; without those that batches before `next_batch_id` have added."""
         with _registered(self._cur, self._rows) as log:
-            found = f"SELECT DISTINCT schema, name, kind FROM {log} WHERE kind IN ('row', 'added') ORDER BY ALL"
+            found = (
+                f"SELECT DISTINCT schema, name, kind FROM {log} WHERE kind IN ('row', 'added') ORDER BY ALL"
+            )
             for schema, name, kind in self._cur.execute(found).fetchall():
                 columns = self._cur.execute(f"DESCRIBE {_quote(schema)}.{_quote(name)}").fetchall()
                 types = {str(column[0]): str(column[1]) for column in columns}
-                mine = f"{log} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
+                mine = (
+                    f"{log} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
+                )
                 if kind == "added":
                     later = f"{mine} AND CAST(k ->> '$[3]' AS BIGINT) >= {next_batch_id}"
                     yield Change(name, self._typed("v", types, later), schema=schema)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,20 @@ def shown_key(step: Step) -> tuple[str, ...]:
     if isinstance(step, Aggregate | Incremental):
         return (step.plan if isinstance(step, Aggregate) else step).shown_key()
     return step.key if isinstance(step, RowStep) else ()
+
+
+def stored(steps: Iterable[Step]) -> Iterator[Change]:
+    """The tables in which steps keep rows, each as a change without rows: its name, schema and key."""
+    nothing = pa.table({})
+    for step in (s for s in steps if not isinstance(s, Output)):
+        plan = step.plan if isinstance(step, Aggregate) else step
+        if isinstance(plan, Incremental):
+            yield Change(plan.name, nothing, plan.key, schema=STATE_SCHEMA)
+            yield from (
+                Change(f"{plan.name}:{label}", nothing, schema=STATE_SCHEMA) for label in plan.distinct
+            )
+        else:
+            yield Change(step.name, nothing, step.key if isinstance(step, RowStep) else ())
 
 
 def shown(

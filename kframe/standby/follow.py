@@ -1,0 +1,191 @@
+"""Bringing a file up to a changelog: an empty one whole, a warm one batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import duckdb
+import pyarrow as pa
+
+from kframe.batch.plan import NO_END
+from kframe.commit.ledger import Ledger, now
+from kframe.commit.outbox import Outbox
+from kframe.commit.transaction import transaction
+from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
+from kframe.sinks.table import drop, write
+from kframe.source.bounded import batches_between, read_bounded
+from kframe.source.protocol import Source
+from kframe.standby.changelog import Commit, Log, last_commit
+
+_LIMITS = Limits(rows_max=245_760, bytes_max=64 << 20, interval_s=0.1)
+_LOOK_BACK = 64  # offsets; the last commit is seldom farther from the end
+
+
+class Followed(NamedTuple):
+    """How far a file has followed: the next offset, whether its tables are those of one batch, and since when."""
+
+    position: int
+    whole: bool
+    at: datetime | None
+
+
+class Follower:
+    """Applies one pipeline's changelog to a file that nobody else writes to.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    source : Source
+        For the changelog alone.
+    topic : str
+    target : str
+        The outbox target that carries the changelog.
+    retention : timedelta
+        How long the topic keeps tombstones. A file that is behind by half of that is restored whole: what was
+        deleted meanwhile may not be told any more.
+    """
+
+    def __init__(self, ledger: Ledger, source: Source, topic: str, target: str, retention: timedelta) -> None:
+        self._ledger = ledger
+        self._store = ledger.store
+        self._source = source
+        self._tp = TopicPartition(topic, 0)
+        self._outbox = Outbox(ledger.store, ledger.pipeline)
+        self._target = target
+        self._retention = retention
+        self._pending = RECORDS.empty_table()
+
+    def catch_up(self, advance: Callable[[int], object] = lambda _: None) -> bool:
+        """Apply the changelog up to its end as of now.
+
+        Parameters
+        ----------
+        advance : callable
+            Told how many offsets have been read.
+
+        Returns
+        -------
+        bool
+            Whether the changelog was another file's. One that this file wrote itself holds nothing new.
+        """
+        end = self._source.offsets([self._tp], "latest")[self._tp]
+        low = self._source.offsets([self._tp], "earliest")[self._tp]
+        last = self._last(low, end)
+        if last is None or last.file == self._store.id:
+            return False
+        followed = self._begun(low, last)
+        start = {self._tp: Position(followed.position)}
+        for fetched in batches_between(self._source, start, {self._tp: end}, _LIMITS):
+            self._take(fetched)
+            advance(sum(r.stop - r.start for r in fetched.ranges))
+        if not followed.whole:
+            self._move(end, whole=True)
+        return True
+
+    def follow(self, stopped: Callable[[], bool]) -> None:
+        """Apply what comes, batch by batch, until told to stop. After `catch_up`."""
+        self._pending = RECORDS.empty_table()
+        at = Position(self.followed().position)
+        self._source.start({self._tp: at}, None, _LIMITS)
+        try:
+            while not stopped():
+                plan = (OffsetRange(*self._tp, at.offset, NO_END, at.leader_epoch),)
+                fetched = self._source.fetch(plan, stopped)
+                self._take(fetched)
+                at = next((Position(r.stop, r.leader_epoch) for r in fetched.ranges), at)
+        finally:
+            self._source.close()
+
+    def followed(self) -> Followed:
+        """How far the file is."""
+        row = self._store.cursor().execute(
+            "SELECT position, whole, epoch_ms(followed_at) FROM _kframe.followed WHERE pipeline = ?",
+            [self._ledger.pipeline],
+        )
+        found = row.fetchone()
+        if found is None:
+            return Followed(0, self._ledger.next_batch_id() > 0, self._ledger.last_committed_at())
+        return Followed(found[0], found[1], datetime.fromtimestamp(found[2] / 1000, UTC))
+
+    # ---- its parts ----------------------------------------------------------------------------------
+
+    def _last(self, low: int, end: int) -> Commit | None:
+        """What the changelog ends with."""
+        start = end
+        while start > low:
+            start, stop = max(low, 2 * start - end - _LOOK_BACK), end
+            records = read_bounded(self._source, {self._tp: Position(start)}, {self._tp: stop})
+            found = last_commit(records[self._tp.topic]) if self._tp.topic in records else None
+            if found is not None:
+                return found[1]
+        return None
+
+    def _begun(self, low: int, last: Commit) -> Followed:
+        """From where to follow: the whole changelog when what the file holds cannot be carried on with."""
+        followed = self.followed()
+        unpublished = (
+            self._outbox.undelivered(self._target) or self._ledger.next_batch_id() - 1 > last.batch_id
+        )
+        stale = followed.at is not None and now() - followed.at > self._retention / 2
+        if (
+            followed.whole
+            and not unpublished
+            and not stale
+            and followed.position >= low * (followed.position > 0)
+        ):
+            return followed
+        if followed.position and not followed.whole and not stale:
+            return followed  # a restore that was cut short
+        self._wipe()
+        self._move(low, whole=False)
+        return self.followed()
+
+    def _take(self, fetched: Fetched) -> None:
+        """Apply whole batches, and keep the rest; while the file is not whole yet, apply everything."""
+        if not fetched.ranges:
+            return
+        records = fetched.records.get(self._tp.topic, RECORDS.empty_table())
+        self._pending = pa.concat_tables([self._pending, records])
+        behind = fetched.ranges[0].stop
+        followed = self.followed()
+        if not followed.whole:
+            self._apply(self._pending, behind, whole=False)
+            self._pending = RECORDS.empty_table()
+            return
+        found = last_commit(self._pending)
+        if found is not None:
+            head, self._pending = self._pending[: found[0] + 1], self._pending[found[0] + 1 :]
+            self._apply(
+                head, self._pending["offset"][0].as_py() if len(self._pending) else behind, whole=True
+            )
+
+    def _apply(self, records: pa.Table, position: int, *, whole: bool) -> None:
+        next_batch_id = self._ledger.next_batch_id() if whole else 0
+        found = last_commit(records)
+        with transaction(self._store, lambda: self.followed().position == position) as cur:
+            log = Log(cur, records)
+            for sql in log.definitions():
+                cur.execute(sql)
+            for change in log.changes(next_batch_id):
+                write(cur, change)
+            if found is not None:
+                self._outbox.delivered(cur, self._target, found[1].delivered, exact=True)
+            self._set(cur, position, whole)
+
+    def _wipe(self) -> None:
+        """Remove what the pipeline has in the file, apart from side tables."""
+        with transaction(self._store, lambda: False) as cur:
+            for name in self._ledger.forget(cur):
+                drop(cur, name)
+            self._outbox.forget(cur, self._target)
+
+    def _move(self, position: int, *, whole: bool) -> None:
+        with transaction(self._store, lambda: False) as cur:
+            self._set(cur, position, whole)
+
+    def _set(self, cur: duckdb.DuckDBPyConnection, position: int, whole: bool) -> None:
+        cur.execute("DELETE FROM _kframe.followed WHERE pipeline = ?", [self._ledger.pipeline])
+        row = [self._ledger.pipeline, position, whole, now()]
+        cur.execute("INSERT INTO _kframe.followed VALUES (?, ?, ?, ?)", row)

@@ -1,0 +1,163 @@
+"""What a pipeline publishes of itself with every batch, so that another machine can go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import duckdb
+import pyarrow as pa
+
+from kframe.commit.ledger import Ledger
+from kframe.commit.outbox import Outbox
+from kframe.commit.store import quote
+from kframe.model import OUTPUT, BatchReport, Change
+from kframe.sinks.table import ensure_table
+from kframe.standby import changelog
+from kframe.standby.changelog import RECORD, Commit
+
+LEDGER = "_kframe"
+_POSITION = ("pipeline", "topic", "partition")
+_DEFINED = {
+    "topics": ("pipeline", "topic"),
+    "tables": ("pipeline", "name"),
+    "outlets": ("pipeline", "target", "name"),
+    "gaps": (*_POSITION, "start", "stop", "reason"),
+}
+"""Tables of the ledger that change seldom, and their keys."""
+
+
+class Journal:
+    """Posts changelog records to the outbox. Its methods are called inside the transactions they tell of.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    target, topic : str
+        The outbox target that carries the records, and the changelog topic.
+    """
+
+    def __init__(self, ledger: Ledger, target: str, topic: str) -> None:
+        self._ledger = ledger
+        self._outbox = Outbox(ledger.store, ledger.pipeline)
+        self._target = target
+        self._topic = topic
+        self._told: dict[str, object] = {}
+
+    def open(self, cur: duckdb.DuckDBPyConnection, tables: Iterable[Change]) -> None:
+        """A run has taken over: the ledger, and all rows of `tables` when the changelog is a new one."""
+        last = self._ledger.next_batch_id(cur) - 1
+        changes = [
+            self._ledger_rows(cur, "pipelines", ("name",)),
+            self._ledger_rows(cur, "positions", _POSITION),
+        ]
+        if self._outbox.enrol(cur, self._target, self._topic):
+            changes += [self._ledger_rows(cur, "batches", ("pipeline", "batch_id"))]
+            changes += [self._ledger_rows(cur, "dead_letters", (*_POSITION, "offset"))]
+            changes += [c for c in (_whole(cur, table) for table in tables) if c is not None]
+        self._post(cur, changes, last)
+
+    def batch(
+        self,
+        cur: duckdb.DuckDBPyConnection,
+        report: BatchReport,
+        changes: Sequence[Change],
+        exhumed: pa.Table | None,
+    ) -> None:
+        """A batch has been written: its rows, its part of the ledger, and where it ends.
+
+        Parameters
+        ----------
+        changes : sequence of Change
+            As they were written.
+        exhumed : Table or None
+            Dead letters that were removed.
+        """
+        mine = f"AND batch_id = {report.batch_id}"
+        dead = self._ledger_rows(cur, "dead_letters", (*_POSITION, "offset"), mine)
+        gone = None
+        if exhumed is not None:
+            keys = exhumed.select(["topic", "partition", "offset"])
+            gone = keys.add_column(0, "pipeline", pa.array([self._ledger.pipeline] * len(keys), pa.string()))
+        ledger = [
+            self._ledger_rows(cur, "pipelines", ("name",)),
+            self._ledger_rows(cur, "batches", ("pipeline", "batch_id"), mine),
+            replace(dead, deletes=gone),
+            self._positions(report),
+        ]
+        self._post(cur, [*(c for c in changes if c.schema != OUTPUT), *ledger], report.batch_id)
+
+    # ---- its parts ----------------------------------------------------------------------------------
+
+    def _post(self, cur: duckdb.DuckDBPyConnection, changes: Iterable[Change], batch_id: int) -> None:
+        records = [RECORD.empty_table()]
+        for change in [*changes, *self._definitions(cur)]:
+            typed = ensure_table(cur, change)
+            records += [*self._table(cur, typed), changelog.of_change(cur, typed, batch_id)]
+        records += self._views(cur)
+        rows = pa.concat_tables(records)
+        delivered = self._outbox.end(self._target, cur) + rows.num_rows + 1
+        commit = Commit(batch_id, self._ledger.epoch, delivered, self._ledger.store.id)
+        rows = pa.concat_tables([rows, changelog.of_commit(commit)])
+        self._outbox.post(cur, batch_id, self._target, self._topic, rows)
+
+    def _table(self, cur: duckdb.DuckDBPyConnection, change: Change) -> list[pa.Table]:
+        """How the table is stored, when that has not been said."""
+        name = f"{quote(change.schema)}.{quote(change.table)}"
+        columns = cur.execute(
+            "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = ? AND table_name = ? "
+            "ORDER BY column_index",
+            [change.schema, change.table],
+        ).fetchall()
+        return [changelog.of_table(change, dict(columns))] if self._is_news(name, columns) else []
+
+    def _views(self, cur: duckdb.DuckDBPyConnection) -> list[pa.Table]:
+        views = cur.execute(
+            "SELECT view_name, sql FROM duckdb_views() JOIN _kframe.tables t ON t.name = view_name "
+            "WHERE schema_name = 'main' AND t.pipeline = ?",
+            [self._ledger.pipeline],
+        ).fetchall()
+        return [changelog.of_view(name, sql) for name, sql in views if self._is_news(f"view {name}", sql)]
+
+    def _definitions(self, cur: duckdb.DuckDBPyConnection) -> list[Change]:
+        found = [self._ledger_rows(cur, name, key) for name, key in _DEFINED.items()]
+        return [c for c in found if self._is_news(f"ledger {c.table}", c.rows)]
+
+    def _is_news(self, what: str, told: object) -> bool:
+        """Whether it has not been said in this run, or was another. A run that fails says all of it again."""
+        news = self._told.get(what) != told
+        self._told[what] = told
+        return news
+
+    def _ledger_rows(
+        self, cur: duckdb.DuckDBPyConnection, name: str, key: tuple[str, ...], more: str = ""
+    ) -> Change:
+        """The pipeline's rows in a table of the ledger. Side tables are the user's, on each machine."""
+        of = "name" if name == "pipelines" else "pipeline"
+        own = "AND fingerprint <> 'side'" if name == "tables" else more
+        query = f"SELECT * FROM _kframe.{name} WHERE {of} = $1 {own}"
+        rows = cur.sql(query, params=[self._ledger.pipeline]).to_arrow_table()
+        return Change(name, rows, key, schema=LEDGER)
+
+    def _positions(self, report: BatchReport) -> Change:
+        rows = [
+            {
+                "pipeline": self._ledger.pipeline,
+                "topic": r.topic,
+                "partition": r.partition,
+                "position": r.stop,
+                "leader_epoch": r.leader_epoch,
+                "epoch": self._ledger.epoch,
+            }
+            for r in report.ranges
+        ]
+        return Change("positions", pa.Table.from_pylist(rows), _POSITION, schema=LEDGER)
+
+
+def _whole(cur: duckdb.DuckDBPyConnection, table: Change) -> Change | None:
+    """All rows that a table holds; None when it has not been made."""
+    try:
+        rows = cur.sql(f"FROM {quote(table.schema)}.{quote(table.table)}").to_arrow_table()
+    except duckdb.CatalogException:
+        return None
+    return replace(table, rows=rows)
