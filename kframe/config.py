@@ -26,6 +26,7 @@ class Options:
     on_lost_range: str = "stop"
     on_definition_change: str = "warn"
     snapshot_to: str | None = None
+    standby: bool = False
 
     def __post_init__(self) -> None:
         for name in ("commit_interval_ms", "batch_rows_max", "batch_bytes_max"):
@@ -35,6 +36,8 @@ class Options:
         if not 0 <= self.dead_letters_max_ratio <= 1:
             raise ConfigError(f"dead_letters_max_ratio={self.dead_letters_max_ratio!r} is not in [0, 1].")
         _one_of("processing_guarantee", self.processing_guarantee, GUARANTEES)
+        if self.standby and self.processing_guarantee != "exactly_once":
+            raise ConfigError("standby=True publishes tables and positions together: it needs exactly_once.")
         _one_of("on_lost_range", self.on_lost_range, ("stop", "skip"))
         _one_of("on_definition_change", self.on_definition_change, ("warn", "stop"))
 

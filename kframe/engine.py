@@ -60,6 +60,9 @@ EDGES = (
 )
 """The protocol's edges in order; ``at_edge`` is told each."""
 
+Journal = Callable[[duckdb.DuckDBPyConnection, BatchReport, Sequence[Change], pa.Table | None], None]
+"""Told, in the batch's transaction, what it has written, and the dead letters that it has removed."""
+
 
 class Engine:
     """Runs one pipeline's micro-batches, one after the other, on one thread.
@@ -76,6 +79,7 @@ class Engine:
         The topics that the positions belong to.
     stops : mapping or None
         Where a bounded run ends.
+    journal : Journal, optional
     dead_letters_max_ratio : float
         Of all records of this run (at least 100 are counted); more stops the run.
     outlets : sequence of Outlet
@@ -99,6 +103,7 @@ class Engine:
         dead_letters_max_ratio: float,
         at_edge: AtEdge,
         outlets: Sequence[Outlet] = (),
+        journal: Journal | None = None,
     ) -> None:
         self.store = store
         self.ledger = ledger
@@ -115,6 +120,7 @@ class Engine:
         self._dead_letters_max_ratio = dead_letters_max_ratio
         self._at_edge = at_edge
         self._outlets = outlets
+        self._journal = journal
         self._outbox = Outbox(store, ledger.pipeline)
         self._defined: Sequence[Step] | None = None
         self._worker: Worker | None = None
@@ -184,12 +190,13 @@ class Engine:
                         write(cur, change)
                 if self._outlets:
                     self._post(cur, report.batch_id, steps, changes)
-                if replaces_dead_letters:
-                    self.ledger.exhume(cur)
+                exhumed = self.ledger.exhume(cur) if replaces_dead_letters else None
                 self.ledger.bury(cur, report.batch_id, dead)
                 self._pin_new_fields(cur, partials)
             self._at_edge("rows_written")
             self.ledger.record_batch(cur, report, sum(p.tombstones for p in partials))
+            if self._journal is not None:
+                self._journal(cur, report, changes, exhumed)
             self.ledger.advance(cur, ranges)
             self._at_edge("positions_written")
         self._at_edge("committed")

@@ -37,6 +37,8 @@ from kframe.schema import Schema
 from kframe.sinks.outbox import enrol
 from kframe.source.bounded import read_bounded
 from kframe.source.protocol import Source, TopicInfo
+from kframe.standby.standing import Standby
+from kframe.transform.output import stored
 from kframe.worker import AtEdge
 
 TRANSITIONS = {
@@ -71,6 +73,8 @@ class Run:
         What leaves, with the topics checked. Asked once, when the run takes over.
     targets : sequence of Target
         Where rows are delivered.
+    standby : Standby, optional
+        Takes over from other instances first, and lets others take over.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Run:
         at_edge: AtEdge,
         outlets: Callable[[], Sequence[Outlet]],
         targets: Sequence[Target],
+        standby: Standby | None = None,
     ) -> None:
         self.state = "new"
         self.error: BaseException | None = None
@@ -105,6 +110,8 @@ class Run:
         self._progress = progress
         self._at_edge = at_edge
         self._outlets = outlets
+        self._standby = standby
+        self._journal = standby.journal() if standby else None
         self._deliveries = Deliveries(Outbox(store, ledger.pipeline), targets, at_edge) if targets else None
         self._stop = threading.Event()
         self._unpaused = threading.Event()
@@ -298,6 +305,9 @@ class Run:
     def _prepare(self) -> Engine:
         """Claim the pipeline, check its topics, settle schemas and positions, and start the source."""
         self._definition.check_runnable()
+        if self._standby is not None:
+            with self._progress_bar(0, "restoring", " records") as advance:
+                self._standby.take_over(advance)
         topics = self._definition.read_topics()
         infos = self._source.describe(topics)
         known = self._ledger.topics()
@@ -316,6 +326,8 @@ class Run:
                 self._ledger.pin_topic(cur, topic, infos[topic].topic_id, schemas[topic].to_dict())
             self._ledger.add_positions(cur, missing)
             enrol(cur, Outbox(self._store, self._ledger.pipeline), outlets, self._ledger.next_batch_id())
+            if self._journal is not None:
+                self._journal.open(cur, stored(self._definition.steps))
         if self._deliveries is not None:
             self._deliveries.start()
         positions = {tp: p for tp, p in self._ledger.positions().items() if tp.topic in infos}
@@ -335,6 +347,7 @@ class Run:
             dead_letters_max_ratio=self._options.dead_letters_max_ratio,
             at_edge=self._at_edge,
             outlets=outlets,
+            journal=self._journal.batch if self._journal else None,
         )
 
     def _stopped(self) -> bool:

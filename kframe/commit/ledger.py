@@ -244,9 +244,11 @@ class Ledger:
         )
         return (cur or self.store.cursor()).sql(query, params=[self.pipeline]).to_arrow_table()
 
-    def exhume(self, cur: Cursor) -> None:
-        """Remove the pipeline's dead letters; those that fail again are buried anew."""
+    def exhume(self, cur: Cursor) -> pa.Table:
+        """Remove the pipeline's dead letters, and return them; those that fail again are buried anew."""
+        exhumed = self.dead_letters(cur)
         cur.execute("DELETE FROM _kframe.dead_letters WHERE pipeline = ?", [self.pipeline])
+        return exhumed
 
     def record_gaps(self, cur: Cursor, ranges: Iterable[OffsetRange], reason: str) -> None:
         """Name offsets that were never read, and why. Told once for each range."""

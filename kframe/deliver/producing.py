@@ -149,7 +149,7 @@ def prepare_topics(settings: Settings, outlets: Iterable[Outlet]) -> set[str]:
         A topic cannot be made, or a compacted one would get records without a key.
     """
     made = {o.name: {} if o.null_keys else {"cleanup.policy": "compact"} for o in outlets}
-    with _explained(settings):
+    with explained(settings):
         admin = AdminClient(settings.admin())
         known = admin.list_topics(timeout=_ADMIN_TIMEOUT_S).topics
         new = [
@@ -158,7 +158,7 @@ def prepare_topics(settings: Settings, outlets: Iterable[Outlet]) -> set[str]:
             if name not in known
         ]
         for future in admin.create_topics(new, request_timeout=_ADMIN_TIMEOUT_S).values() if new else ():
-            _unless_there(future)
+            unless_there(future)
         asked = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in made]
         policies = {r.name: f.result() for r, f in admin.describe_configs(asked).items()} if asked else {}
     compacted = {name for name, config in policies.items() if "compact" in config["cleanup.policy"].value}
@@ -172,7 +172,8 @@ def prepare_topics(settings: Settings, outlets: Iterable[Outlet]) -> set[str]:
     return compacted
 
 
-def _unless_there(future: Any) -> None:
+def unless_there(future: Any) -> None:
+    """Wait for a topic to be made; that it exists is no error."""
     try:
         future.result()
     except ck.KafkaException as error:
@@ -181,7 +182,8 @@ def _unless_there(future: Any) -> None:
 
 
 @contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
+def explained(settings: Settings) -> Iterator[None]:
+    """An admin client's errors as kframe's."""
     try:
         yield
     except ck.KafkaException as error:

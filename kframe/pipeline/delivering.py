@@ -151,7 +151,7 @@ class Delivering(Declaring):
         """Where rows go: of the outlets of now, and of those that were and have left rows behind."""
         wanted = {target for target, _ in self._definition.outlets}
         left = Outbox(self._store, self.name).undelivered(KAFKA)
-        if self._settings is None or not (KAFKA in wanted or left):
+        if self._settings is None or not (KAFKA in wanted or left or self._options.standby):
             return []
         if self._options.processing_guarantee == "exactly_once":
             return [TransactionalTopics(self._settings, self.name)]

@@ -23,6 +23,7 @@ from kframe.run import Run, stop_on_sigterm
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
 from kframe.source.settings import Settings
+from kframe.standby.standing import Standby
 from kframe.worker import AtEdge
 
 _pipelines: dict[tuple[str, str], Running] = {}
@@ -178,8 +179,18 @@ class Running(Delivering):
             at_edge=self._at_edge,
             outlets=self._outlets,
             targets=self._targets(),
+            standby=self._standby(),
         )
         return self._run
+
+    def _standby(self) -> Standby | None:
+        if not self._options.standby:
+            return None
+        if self._settings is None:
+            raise ConfigError(
+                "standby=True publishes a changelog to Kafka: give brokers= instead of source=."
+            )
+        return Standby(self._settings, self._ledger)
 
     def _open_source(self) -> Source:
         if self._source is not None:

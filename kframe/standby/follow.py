@@ -24,7 +24,7 @@ _LOOK_BACK = 64  # offsets; the last commit is seldom farther from the end
 
 
 class Followed(NamedTuple):
-    """How far a file has followed: the next offset, whether its tables are those of one batch, and since when."""
+    """How far a file has followed: the next offset, whether its tables are those of one batch, and when."""
 
     position: int
     whole: bool
@@ -125,19 +125,12 @@ class Follower:
     def _begun(self, low: int, last: Commit) -> Followed:
         """From where to follow: the whole changelog when what the file holds cannot be carried on with."""
         followed = self.followed()
+        stale = followed.at is None or now() - followed.at > self._retention / 2
         unpublished = (
-            self._outbox.undelivered(self._target) or self._ledger.next_batch_id() - 1 > last.batch_id
+            self._outbox.undelivered(self._target) or self._ledger.next_batch_id() > last.batch_id + 1
         )
-        stale = followed.at is not None and now() - followed.at > self._retention / 2
-        if (
-            followed.whole
-            and not unpublished
-            and not stale
-            and followed.position >= low * (followed.position > 0)
-        ):
+        if not stale and followed.position >= low and not (followed.whole and unpublished):
             return followed
-        if followed.position and not followed.whole and not stale:
-            return followed  # a restore that was cut short
         self._wipe()
         self._move(low, whole=False)
         return self.followed()

@@ -16,6 +16,7 @@ LAYERS = [
     {"testing"},
     {"pipeline"},
     {"run", "status", "standalone", "reading", "rebuild", "definition", "config"},
+    {"standby"},
     {"engine", "worker", "ahead"},
     {"source", "batch", "transform", "commit", "sinks", "deliver", "executors"},
     {"schema", "model", "errors", "timings"},
@@ -24,7 +25,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 BESIDE = {"broker", "broker_guard", "kafka_jars"}
 """A real broker, beside the library: it imports errors alone, and only commands and the package import it."""
-STAGES = LAYERS[5]
+STAGES = LAYERS[6]
 MEET = {
     ("source", "batch"),  # reading a bounded set of offsets goes by the plan
     ("commit", "transform"),

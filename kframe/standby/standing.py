@@ -1,0 +1,80 @@
+"""A pipeline that stands by: what it takes from its changelog before it runs, and leaves in it while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+
+from kframe.commit.ledger import Ledger
+from kframe.deliver.kafka import NAME as KAFKA
+from kframe.deliver.kafka import TransactionalTopics
+from kframe.deliver.producing import explained, prepare_topics, unless_there
+from kframe.source.kafka import KafkaSource
+from kframe.source.settings import Settings
+from kframe.standby.follow import Follower
+from kframe.standby.journal import Journal
+
+_ADMIN_TIMEOUT_S = 10.0
+_CONFIG = {"cleanup.policy": "compact", "delete.retention.ms": "604800000"}  # a week to come back warm
+
+
+def changelog_topic(pipeline: str) -> str:
+    """The topic of a pipeline's changelog."""
+    return f"kframe.{pipeline}.changelog"
+
+
+def prepare_changelog(settings: Settings, topic: str) -> timedelta:
+    """Make the changelog topic, one compacted partition, where there is none; how long it keeps tombstones."""
+    with explained(settings):
+        admin = AdminClient(settings.admin())
+        new = NewTopic(topic, num_partitions=1, replication_factor=-1, config=_CONFIG)
+        for future in admin.create_topics([new], request_timeout=_ADMIN_TIMEOUT_S).values():
+            unless_there(future)
+        asked = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        (described,) = admin.describe_configs([asked]).values()
+        return timedelta(milliseconds=int(described.result()["delete.retention.ms"].value))
+
+
+def follower(settings: Settings, ledger: Ledger, topic: str, retention: timedelta) -> Follower:
+    """What brings `ledger`'s file up to a changelog."""
+    source = KafkaSource(settings, group_id=f"kframe.{ledger.pipeline}.follower")
+    return Follower(ledger, source, topic, KAFKA, retention)
+
+
+class Standby:
+    """One instance of a pipeline of which several may exist, each with a file of its own.
+
+    Parameters
+    ----------
+    settings : Settings
+    ledger : Ledger
+        Of this instance's file.
+    """
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._topic = changelog_topic(ledger.pipeline)
+
+    def journal(self) -> Journal:
+        """What a run publishes of itself."""
+        return Journal(self._ledger, KAFKA, self._topic)
+
+    def take_over(self, advance: Callable[[int], object]) -> bool:
+        """Fence whoever published before, then bring the file up to the changelog's end.
+
+        Returns
+        -------
+        bool
+            Whether another instance's work was taken over.
+        """
+        retention = prepare_changelog(self._settings, self._topic)
+        prepare_topics(self._settings, [])
+        fence = TransactionalTopics(self._settings, self._ledger.pipeline)
+        fence.open(0)
+        try:
+            return follower(self._settings, self._ledger, self._topic, retention).catch_up(advance)
+        finally:
+            fence.close()
