@@ -64,6 +64,17 @@ class DeliveryDelayed(Retryable):
     """Committed rows have not reached their target yet; the outbox keeps them."""
 
 
+class InstanceActive(Retryable):
+    """Another instance of a pipeline with ``standby=True`` is the active one."""
+
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(
+            f"Another instance of pipeline {pipeline!r} is active.",
+            kept="This one has followed it: its tables are those of the other's last batch seen.",
+            hint="start() stands by and takes over when it ends; sql() reads here meanwhile.",
+        )
+
+
 class AbortBatch(KframeError):
     """The running batch was rolled back; tables and positions are as they were."""
 

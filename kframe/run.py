@@ -28,6 +28,8 @@ from kframe.errors import (
     BrokerUnavailable,
     ConfigError,
     DefinitionError,
+    Fenced,
+    InstanceActive,
     LostRange,
     is_interrupt,
 )
@@ -37,13 +39,15 @@ from kframe.schema import Schema
 from kframe.sinks.outbox import enrol
 from kframe.source.bounded import read_bounded
 from kframe.source.protocol import Source, TopicInfo
+from kframe.standby.election import Election
 from kframe.standby.standing import Standby
 from kframe.transform.output import stored
 from kframe.worker import AtEdge
 
 TRANSITIONS = {
-    "new": {"running", "failed", "stopped"},
-    "running": {"paused", "stopping", "stopped", "failed"},
+    "new": {"running", "standby", "failed", "stopped"},
+    "standby": {"running", "stopped", "failed"},
+    "running": {"paused", "stopping", "standby", "stopped", "failed"},
     "paused": {"running", "stopping"},
     "stopping": {"stopped", "failed"},
     "stopped": set(),
@@ -58,6 +62,8 @@ _WAL_BYTES = 256 << 20
 _UNDELIVERED_MAX = 1_000_000  # rows in the outbox; beyond it, reading waits for the deliverers
 _PATIENCE_S = 60.0
 _CLOSE_S = 10.0
+_RELEASE_S = 60.0
+_LOOK_S = 0.2
 
 
 class Run:
@@ -71,10 +77,10 @@ class Run:
         Show a progress bar.
     outlets : callable
         What leaves, with the topics checked. Asked once, when the run takes over.
-    targets : sequence of Target
-        Where rows are delivered.
+    targets : callable
+        Where rows are delivered. Asked when the run takes over.
     standby : Standby, optional
-        Takes over from other instances first, and lets others take over.
+        Of several instances of the pipeline one is active, and the others follow it.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Run:
         progress: bool,
         at_edge: AtEdge,
         outlets: Callable[[], Sequence[Outlet]],
-        targets: Sequence[Target],
+        targets: Callable[[], Sequence[Target]],
         standby: Standby | None = None,
     ) -> None:
         self.state = "new"
@@ -111,8 +117,10 @@ class Run:
         self._at_edge = at_edge
         self._outlets = outlets
         self._standby = standby
-        self._journal = standby.journal() if standby else None
-        self._deliveries = Deliveries(Outbox(store, ledger.pipeline), targets, at_edge) if targets else None
+        self._targets = targets
+        self._deliveries: Deliveries | None = None
+        self._election: Election | None = None
+        self._served = threading.Event()
         self._stop = threading.Event()
         self._unpaused = threading.Event()
         self._unpaused.set()
@@ -136,11 +144,23 @@ class Run:
 
     def execute(self) -> RunReport:
         """Run until the end, a stop, or an error, which is kept in ``error`` and raised."""
+        return self._execute(self._loop)
+
+    def retry(self, records: Fetched) -> RunReport:
+        """Run dead letters through the steps once more, in one transaction. Errors as in `execute`."""
+
+        def once(engine: Engine) -> None:
+            self.last = engine.retry(records)
+
+        return self._execute(once)
+
+    def _execute(self, work: Callable[[Engine], None]) -> RunReport:
         try:
-            self._become("running")
-            self.engine = self._prepare()
-            self._loop(self.engine)
-            self._finish()
+            if self._standby is None:
+                self._become("running")
+                self._serve(work)
+            else:
+                self._stand_by(self._standby, work)
             self._become("stopped")
             return self.report()
         except BaseException as raised:
@@ -156,31 +176,70 @@ class Run:
                 raise
             raise error from None
         finally:
-            self._end()
+            self._stop.set()
+            self._close()
+            self.ended.set()
 
-    def retry(self, records: Fetched) -> RunReport:
-        """Run dead letters through the steps once more, in one transaction."""
-        try:
-            self._become("running")
-            self.engine = self._prepare()
-            self.last = self.engine.retry(records)
-            self._deliver_rest()
-            self._become("stopped")
-            return self.report()
-        except BaseException as error:
-            self.error, self.state = error, "failed"
-            raise
-        finally:
-            self._end()
+    def _serve(self, work: Callable[[Engine], None]) -> None:
+        self.engine = self._prepare()
+        work(self.engine)
+        self._finish()
 
-    def _end(self) -> None:
-        self._stop.set()
+    def _close(self) -> None:
         if self._deliveries is not None:
             self._deliveries.close(0.0)
         if self.engine is not None:
             self.engine.close()
         self._source.close()
-        self.ended.set()
+
+    # ---- standing by --------------------------------------------------------------------------------
+
+    def _stand_by(self, standby: Standby, work: Callable[[Engine], None]) -> None:
+        """Follow whichever instance is active; when it is this one, work, until the group says otherwise."""
+        self._become("standby")
+        self._election = election = standby.elect(self._release)
+        patience = time.monotonic() + (_PATIENCE_S if self._until_end else math.inf)
+        try:
+            while not self._stop.is_set():
+                with self._progress_bar(0, "restoring", " records") as advance:
+                    standby.follow(
+                        lambda: self._stop.is_set() or election.active or time.monotonic() > patience, advance
+                    )
+                if self._stop.is_set():
+                    return
+                if not election.active:
+                    raise InstanceActive(self._definition.pipeline)
+                self._become("running")
+                if self._serve_a_turn(standby, work):
+                    return
+                self._become("standby")
+        finally:
+            self._served.set()
+            election.leave()
+
+    def _serve_a_turn(self, standby: Standby, work: Callable[[Engine], None]) -> bool:
+        """Work while this instance is the active one; whether it has ended for another reason than that."""
+        self._served.clear()
+        try:
+            standby.take_over()
+            self._serve(work)
+            return not self._deposed()
+        except Fenced:
+            if self._deliveries is None or not self._deliveries.fenced():
+                raise
+            return False  # another one publishes already: what it does not know of is taken back
+        finally:
+            self._close()
+            self._served.set()
+
+    def _release(self, in_time: bool) -> None:
+        """The group hands the work on: end the running batch and deliver it, if there is time for that."""
+        if not in_time and self._deliveries is not None:
+            self._deliveries.close(0.0)
+        self._served.wait(_RELEASE_S)
+
+    def _deposed(self) -> bool:
+        return self._election is not None and not self._election.active
 
     @property
     def delivery_trouble(self) -> str | None:
@@ -204,7 +263,7 @@ class Run:
     def _loop(self, engine: Engine) -> None:
         look_again = time.monotonic() + _METADATA_S
         with self._bar(engine) as advance:
-            while not self._stop.is_set() and not engine.done:
+            while not self._stop.is_set() and not self._deposed() and not engine.done:
                 if not self._unpaused.is_set():
                     self._hold()
                     continue
@@ -226,7 +285,8 @@ class Run:
 
     def _hold(self) -> None:
         self._become("paused")
-        self._unpaused.wait()
+        while not self._unpaused.wait(_LOOK_S) and not self._deposed():
+            pass
         self._become("stopping" if self._stop.is_set() else "running")
 
     def _rewind_source(self, engine: Engine, error: BrokerUnavailable) -> None:
@@ -305,9 +365,6 @@ class Run:
     def _prepare(self) -> Engine:
         """Claim the pipeline, check its topics, settle schemas and positions, and start the source."""
         self._definition.check_runnable()
-        if self._standby is not None:
-            with self._progress_bar(0, "restoring", " records") as advance:
-                self._standby.take_over(advance)
         topics = self._definition.read_topics()
         infos = self._source.describe(topics)
         known = self._ledger.topics()
@@ -318,6 +375,7 @@ class Run:
         missing = self._missing_positions(infos, known)
         cluster_id = self._source.cluster_id()
         outlets = self._outlets()
+        journal = self._standby.journal() if self._standby else None
         with transaction(self._store, lambda: False) as cur:
             self._ledger.claim(cur, _owner(), cluster_id)
             fingerprints = {s.name: s.fingerprint() for s in self._definition.steps}
@@ -326,9 +384,11 @@ class Run:
                 self._ledger.pin_topic(cur, topic, infos[topic].topic_id, schemas[topic].to_dict())
             self._ledger.add_positions(cur, missing)
             enrol(cur, Outbox(self._store, self._ledger.pipeline), outlets, self._ledger.next_batch_id())
-            if self._journal is not None:
-                self._journal.open(cur, stored(self._definition.steps))
-        if self._deliveries is not None:
+            if journal is not None:
+                journal.open(cur, stored(self._definition.steps))
+        targets = self._targets()
+        if targets:
+            self._deliveries = Deliveries(Outbox(self._store, self._ledger.pipeline), targets, self._at_edge)
             self._deliveries.start()
         positions = {tp: p for tp, p in self._ledger.positions().items() if tp.topic in infos}
         positions = self._start_source(positions)
@@ -347,11 +407,11 @@ class Run:
             dead_letters_max_ratio=self._options.dead_letters_max_ratio,
             at_edge=self._at_edge,
             outlets=outlets,
-            journal=self._journal.batch if self._journal else None,
+            journal=journal.batch if journal else None,
         )
 
     def _stopped(self) -> bool:
-        return self._stop.is_set() or not self._unpaused.is_set()
+        return self._stop.is_set() or not self._unpaused.is_set() or self._deposed()
 
     def _schema(
         self,

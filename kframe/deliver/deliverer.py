@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kframe.commit.outbox import Due, Outbox
 from kframe.deliver.target import Target
-from kframe.errors import DeliveryDelayed, DeliveryUnknown, KframeError, Retryable
+from kframe.errors import DeliveryDelayed, DeliveryUnknown, Fenced, KframeError, Retryable
 
 EDGES = ("delivering", "delivered")
 """Rows are sent and not committed; the target has them, and the file does not know it yet."""
@@ -156,6 +156,10 @@ class Deliveries:
         """What a deliverer is retrying after, or what ended it."""
         ended = [str(d.error).splitlines()[0] for d in self._deliverers if d.error is not None]
         return next(iter([*ended, *(d.trouble for d in self._deliverers if d.trouble)]), None)
+
+    def fenced(self) -> bool:
+        """Whether another run delivers now."""
+        return any(isinstance(d.error, Fenced) for d in self._deliverers)
 
     def check(self) -> None:
         """Raise what has ended a deliverer, if anything has."""

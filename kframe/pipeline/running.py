@@ -178,7 +178,7 @@ class Running(Delivering):
             progress=progress,
             at_edge=self._at_edge,
             outlets=self._outlets,
-            targets=self._targets(),
+            targets=self._targets,
             standby=self._standby(),
         )
         return self._run

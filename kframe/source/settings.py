@@ -23,10 +23,15 @@ _DEFAULTS: dict[str, Any] = {
     "topic.metadata.refresh.interval.ms": 30_000,
 }
 
+_MEMBER: dict[str, Any] = {
+    "partition.assignment.strategy": "cooperative-sticky",  # others hand the partition round at every change
+    "session.timeout.ms": 6_000,
+    "heartbeat.interval.ms": 2_000,
+}
+
 _REFUSED = {
     "plugin.library.paths": "it loads code into this process",
     "group.instance.id": "kframe assigns partitions itself",
-    "group.protocol": "kframe assigns partitions itself",
 }
 
 PIPELINE_SETTINGS = ("processing.guarantee", "commit.interval.ms")
@@ -65,7 +70,20 @@ class Settings:
 
     def consumer(self, group_id: str) -> dict[str, Any]:
         """The consumer's configuration."""
-        return {**_DEFAULTS, "group.id": group_id, **self._quiet(), **_OWN}
+        own = {k: v for k, v in self._quiet().items() if k != "group.protocol"}
+        return {**_DEFAULTS, "group.id": group_id, **own, **_OWN}
+
+    def member(self, group_id: str) -> dict[str, Any]:
+        """The configuration of a member of a consumer group that only wants its assignment.
+
+        With the classic protocol a dead member is noticed after ``session.timeout.ms``, 6 s unless given;
+        with ``group.protocol=consumer`` the broker's setting decides.
+        """
+        own = {"group.id": group_id, "enable.auto.commit": False, "auto.offset.reset": "latest"}
+        config = {**_MEMBER, **self._quiet(), **own}
+        if config.get("group.protocol") == "consumer":
+            return {k: v for k, v in config.items() if k not in _MEMBER}
+        return config
 
     def admin(self) -> dict[str, Any]:
         """The admin client's configuration: only what connecting needs."""
@@ -93,7 +111,8 @@ class Settings:
 
 
 _CONSUMER_ONLY = {
-    "group.id", "isolation.level", "check.crcs", "session.timeout.ms", "max.poll.interval.ms",
+    "group.id", "group.protocol", "heartbeat.interval.ms", "partition.assignment.strategy",
+    "isolation.level", "check.crcs", "session.timeout.ms", "max.poll.interval.ms",
     "fetch.min.bytes", "fetch.wait.max.ms", "fetch.message.max.bytes", "max.partition.fetch.bytes",
     "fetch.max.bytes", "fetch.queue.backoff.ms", "queued.min.messages", "queued.max.messages.kbytes",
 }  # fmt: skip

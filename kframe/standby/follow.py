@@ -57,13 +57,19 @@ class Follower:
         self._retention = retention
         self._pending = RECORDS.empty_table()
 
-    def catch_up(self, advance: Callable[[int], object] = lambda _: None) -> bool:
+    def catch_up(
+        self,
+        advance: Callable[[int], object] = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Apply the changelog up to its end as of now.
 
         Parameters
         ----------
         advance : callable
             Told how many offsets have been read.
+        stopped : callable
+            True: leave off. The next call goes on from there.
 
         Returns
         -------
@@ -80,6 +86,8 @@ class Follower:
         for fetched in batches_between(self._source, start, {self._tp: end}, _LIMITS):
             self._take(fetched)
             advance(sum(r.stop - r.start for r in fetched.ranges))
+            if stopped():
+                return True
         if not followed.whole:
             self._move(end, whole=True)
         return True

@@ -1,4 +1,4 @@
-"""A pipeline that stands by: what it takes from its changelog before it runs, and leaves in it while it does."""
+"""A pipeline that stands by: what it takes from its changelog before it runs, and leaves in it then."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kframe.deliver.kafka import TransactionalTopics
 from kframe.deliver.producing import explained, prepare_topics, unless_there
 from kframe.source.kafka import KafkaSource
 from kframe.source.settings import Settings
+from kframe.standby.election import Election
 from kframe.standby.follow import Follower
 from kframe.standby.journal import Journal
 
@@ -26,7 +27,7 @@ def changelog_topic(pipeline: str) -> str:
 
 
 def prepare_changelog(settings: Settings, topic: str) -> timedelta:
-    """Make the changelog topic, one compacted partition, where there is none; how long it keeps tombstones."""
+    """Make the changelog topic where there is none; how long it keeps tombstones."""
     with explained(settings):
         admin = AdminClient(settings.admin())
         new = NewTopic(topic, num_partitions=1, replication_factor=-1, config=_CONFIG)
@@ -57,24 +58,34 @@ class Standby:
         self._settings = settings
         self._ledger = ledger
         self._topic = changelog_topic(ledger.pipeline)
+        self._retention = timedelta(0)
 
     def journal(self) -> Journal:
         """What a run publishes of itself."""
         return Journal(self._ledger, KAFKA, self._topic)
 
-    def take_over(self, advance: Callable[[int], object]) -> bool:
-        """Fence whoever published before, then bring the file up to the changelog's end.
-
-        Returns
-        -------
-        bool
-            Whether another instance's work was taken over.
-        """
-        retention = prepare_changelog(self._settings, self._topic)
+    def elect(self, release: Callable[[bool], None]) -> Election:
+        """Join the group of the pipeline's instances. See `Election`."""
+        self._retention = prepare_changelog(self._settings, self._topic)
         prepare_topics(self._settings, [])
+        group = f"kframe.{self._ledger.pipeline}.standby"
+        return Election(self._settings, group, self._topic, release)
+
+    def follow(self, stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+        """Bring the file up to the changelog, and keep it there until told to stop."""
+        follower = self._follower()
+        follower.catch_up(advance, stopped)
+        if not stopped():
+            follower.follow(stopped)
+
+    def take_over(self) -> None:
+        """Fence whoever was active, then read the changelog to its end: from now on it is this instance's."""
         fence = TransactionalTopics(self._settings, self._ledger.pipeline)
         fence.open(0)
         try:
-            return follower(self._settings, self._ledger, self._topic, retention).catch_up(advance)
+            self._follower().catch_up()
         finally:
             fence.close()
+
+    def _follower(self) -> Follower:
+        return follower(self._settings, self._ledger, self._topic, self._retention)
