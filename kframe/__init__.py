@@ -5,8 +5,9 @@ The layout, top to bottom; imports point down only::
     cli, demo                       commands
     pipeline                        what users touch
     run, rebuild, reading, status   one run; a table anew; queries; what a run tells
-    standalone                      topics without a pipeline
+    standalone, replica             topics without a pipeline; a copy of another's tables
     definition, config              what a pipeline is made of; its options
+    standby                         the changelog, restoring from it, which instance is active
     engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
     source  batch  transform  commit  sinks  deliver  executors     its stages; siblings don't meet
     schema, model, errors, timings  values
@@ -20,6 +21,7 @@ from kframe.broker import LocalKafka, local_kafka
 from kframe.model import RunReport
 from kframe.pipeline import Pipeline
 from kframe.reading import Result
+from kframe.replica import Replica, follow
 from kframe.schema import Schema
 from kframe.standalone import peek, read, write
 from kframe.status import Status
@@ -27,11 +29,13 @@ from kframe.status import Status
 __all__ = [
     "LocalKafka",
     "Pipeline",
+    "Replica",
     "Result",
     "RunReport",
     "Schema",
     "Status",
     "errors",
+    "follow",
     "local_kafka",
     "peek",
     "read",

@@ -75,6 +75,10 @@ class InstanceActive(Retryable):
         )
 
 
+class Restoring(Retryable):
+    """Tables are being restored from a changelog and are of no one batch yet."""
+
+
 class AbortBatch(KframeError):
     """The running batch was rolled back; tables and positions are as they were."""
 

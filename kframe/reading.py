@@ -71,12 +71,13 @@ def query(ledger: Ledger, sql: str, parameters: object = None) -> Result:
     Raises
     ------
     KframeError
-        The statement would write.
+        The statement would write, or the tables are being restored.
     """
 
     def read(cur: duckdb.DuckDBPyConnection) -> Result:
         cur.execute("BEGIN TRANSACTION READ ONLY")
         try:
+            ledger.check_whole(cur)
             table = cur.sql(sql, params=parameters).to_arrow_table()
             at = {tp: p.offset for tp, p in ledger.positions(cur).items()}
             rows = cur.execute(

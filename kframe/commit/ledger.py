@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 
 from kframe.commit.store import Store, registered
-from kframe.errors import DefinitionError, Fenced
+from kframe.errors import DefinitionError, Fenced, Restoring
 from kframe.model import BatchReport, OffsetRange, Position, TopicPartition
 
 Cursor = duckdb.DuckDBPyConnection
@@ -207,6 +207,15 @@ class Ledger:
         """The id that the next committed batch gets."""
         rows = self._read("SELECT next_batch_id FROM _kframe.pipelines WHERE name = ?", cur=cur)
         return int(rows[0][0]) if rows else 0
+
+    def check_whole(self, cur: Cursor) -> None:
+        """Raise `Restoring` while the tables are being restored from a changelog: they are of no one batch."""
+        if self._read("SELECT 1 FROM _kframe.followed WHERE pipeline = ? AND NOT whole", cur=cur):
+            raise Restoring(
+                f"The tables of {self.pipeline!r} are being restored from its changelog.",
+                kept="Nothing was read.",
+                hint="Ask again when it is done, or run again when it was cut short: it goes on from there.",
+            )
 
     def last_committed_at(self) -> datetime | None:
         """When the last batch was committed."""

@@ -51,6 +51,9 @@ class Pipeline(Running):
     snapshot_to : path, optional
         A copy of the file for other processes, replaced atomically after commits (at most once a second,
         and seldom enough to cost less than a tenth of the time), and at the end of a run.
+    standby : bool
+        Publish every batch's changes and positions to a compacted changelog topic, and join the group of this
+        pipeline's instances: one is active, the others follow it and take over. Each has a file of its own.
     source : Source, optional
         Another log than Kafka, such as `kframe.testing.MemorySource`.
     executor : Executor, optional

@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
 _MEMBER: dict[str, Any] = {
     "partition.assignment.strategy": "cooperative-sticky",  # others hand the partition round at every change
     "session.timeout.ms": 6_000,
-    "heartbeat.interval.ms": 2_000,
+    "heartbeat.interval.ms": 1_000,
 }
 
 _REFUSED = {

@@ -26,13 +26,21 @@ def changelog_topic(pipeline: str) -> str:
     return f"kframe.{pipeline}.changelog"
 
 
-def prepare_changelog(settings: Settings, topic: str) -> timedelta:
-    """Make the changelog topic where there is none; how long it keeps tombstones."""
+def prepare_changelog(settings: Settings, topic: str) -> None:
+    """Make the changelog topic where there is none."""
     with explained(settings):
         admin = AdminClient(settings.admin())
         new = NewTopic(topic, num_partitions=1, replication_factor=-1, config=_CONFIG)
         for future in admin.create_topics([new], request_timeout=_ADMIN_TIMEOUT_S).values():
             unless_there(future)
+
+
+def tombstones_kept(settings: Settings, topic: str) -> timedelta | None:
+    """How long a changelog topic keeps tombstones; None when there is no such topic."""
+    with explained(settings):
+        admin = AdminClient(settings.admin())
+        if topic not in admin.list_topics(timeout=_ADMIN_TIMEOUT_S).topics:
+            return None
         asked = ConfigResource(ConfigResource.Type.TOPIC, topic)
         (described,) = admin.describe_configs([asked]).values()
         return timedelta(milliseconds=int(described.result()["delete.retention.ms"].value))
@@ -66,7 +74,8 @@ class Standby:
 
     def elect(self, release: Callable[[bool], None]) -> Election:
         """Join the group of the pipeline's instances. See `Election`."""
-        self._retention = prepare_changelog(self._settings, self._topic)
+        prepare_changelog(self._settings, self._topic)
+        self._retention = tombstones_kept(self._settings, self._topic) or self._retention
         prepare_topics(self._settings, [])
         group = f"kframe.{self._ledger.pipeline}.standby"
         return Election(self._settings, group, self._topic, release)

@@ -15,7 +15,7 @@ LAYERS = [
     {"cli", "__main__", "demo", "notebook"},
     {"testing"},
     {"pipeline"},
-    {"run", "status", "standalone", "reading", "rebuild", "definition", "config"},
+    {"run", "status", "standalone", "replica", "reading", "rebuild", "definition", "config"},
     {"standby"},
     {"engine", "worker", "ahead"},
     {"source", "batch", "transform", "commit", "sinks", "deliver", "executors"},
