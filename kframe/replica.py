@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.store import open_store, quote
-from kframe.errors import ConfigError, KframeError
+from kframe.errors import ConfigError
 from kframe.reading import Result, query
 from kframe.source.settings import Settings
 from kframe.standby.standing import changelog_topic, follower, tombstones_kept

@@ -209,7 +209,7 @@ class Ledger:
         return int(rows[0][0]) if rows else 0
 
     def check_whole(self, cur: Cursor) -> None:
-        """Raise `Restoring` while the tables are being restored from a changelog: they are of no one batch."""
+        """Raise `Restoring` while the tables are being restored from a changelog."""
         if self._read("SELECT 1 FROM _kframe.followed WHERE pipeline = ? AND NOT whole", cur=cur):
             raise Restoring(
                 f"The tables of {self.pipeline!r} are being restored from its changelog.",
