@@ -78,18 +78,18 @@ class Follower:
         """
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
-        last = self._last(low, end)
+        stop, last = self._last(low, end)
         if last is None or last.file == self._store.id:
             return False
         followed = self._begun(low, last)
         start = {self._tp: Position(followed.position)}
-        for fetched in batches_between(self._source, start, {self._tp: end}, _LIMITS):
+        for fetched in batches_between(self._source, start, {self._tp: stop}, _LIMITS):
             self._take(fetched)
             advance(sum(r.stop - r.start for r in fetched.ranges))
             if stopped():
                 return True
         if not followed.whole:
-            self._move(end, whole=True)
+            self._move(stop, whole=True)
         return True
 
     def follow(self, stopped: Callable[[], bool]) -> None:
@@ -119,16 +119,16 @@ class Follower:
 
     # ---- its parts ----------------------------------------------------------------------------------
 
-    def _last(self, low: int, end: int) -> Commit | None:
-        """What the changelog ends with."""
+    def _last(self, low: int, end: int) -> tuple[int, Commit | None]:
+        """What the changelog ends with, and the offset behind it; only a transaction's marker follows."""
         start = end
         while start > low:
             start, stop = max(low, 2 * start - end - _LOOK_BACK), end
             records = read_bounded(self._source, {self._tp: Position(start)}, {self._tp: stop})
             found = last_commit(records[self._tp.topic]) if self._tp.topic in records else None
             if found is not None:
-                return found[1]
-        return None
+                return records[self._tp.topic]["offset"][found[0]].as_py() + 1, found[1]
+        return low, None
 
     def _begun(self, low: int, last: Commit) -> Followed:
         """From where to follow: the whole changelog when what the file holds cannot be carried on with."""

@@ -1,0 +1,276 @@
+"""Instances of one pipeline, each with a file of its own, and copies that follow it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import kframe as kf
+from kframe.errors import ConfigError, InstanceActive, Restoring
+from kframe.standby import standing
+from kframe.testing import InjectedFault, MemorySource
+
+pytestmark = pytest.mark.broker
+
+MakeTopic = Callable[..., str]
+QUICK = {"session.timeout.ms": 1000, "heartbeat.interval.ms": 300}
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Any:
+    """A broker that takes short sessions, so that a dead instance is noticed in a second."""
+    with kf.local_kafka(config={"group.min.session.timeout.ms": 500}, progress=False) as broker:
+        yield broker
+
+
+@pytest.fixture
+def topic(kafka: kf.LocalKafka, request: pytest.FixtureRequest) -> str:
+    return kafka.create_topic(f"{request.node.name[:60].replace('[', '.').replace(']', '')}", 2)
+
+
+def write(kafka: kf.LocalKafka, topic: str, rows: range, **more: Any) -> None:
+    frame = pd.DataFrame({"sku": [f"s{i % 5}" for i in rows], "qty": list(rows), **more})
+    kf.write(frame, topic, brokers=kafka.brokers, key="sku", progress=False)
+
+
+def instance(kafka: kf.LocalKafka, path: Path, topic: str, **options: Any) -> kf.Pipeline:
+    config = {**QUICK, **options.pop("kafka_config", {})}
+    made = kf.Pipeline(
+        path,
+        brokers=kafka.brokers,
+        name=topic,
+        standby=True,
+        kafka_config=config,
+        batch_rows_max=50,
+        **options,
+    )
+    made.topic(topic, schema={"sku": "str", "qty": "int64"}, on_new_field="add")
+    made.land(topic, table="rows")
+    made.aggregate(
+        "totals", source=topic, by="sku", n=("qty", "count"), total=("qty", "sum"), kinds=("qty", "nunique")
+    )
+
+    @made.table("latest", key="sku", inputs=[topic])
+    def latest(batch: pd.DataFrame) -> pd.DataFrame:
+        last = batch.drop_duplicates("sku", keep="last")
+        return last.assign(_deleted=last["qty"] % 7 == 0)
+
+    return made
+
+
+def tables(made: kf.Pipeline | kf.Replica) -> dict[str, list[Any]]:
+    names = ("rows", "totals", "latest")
+    return {name: made.sql(f"FROM {name} ORDER BY ALL").fetchall() for name in names}
+
+
+def unpublished() -> Callable[[str], None]:
+    """Faults: nothing is delivered, but only when a batch has been committed."""
+    committed = threading.Event()
+
+    def at_edge(edge: str) -> None:
+        if edge == "committed":
+            committed.set()
+        if edge == "delivering":
+            assert committed.wait(30)
+            raise InjectedFault("delivering")
+
+    return at_edge
+
+
+def ledger(made: kf.Pipeline | kf.Replica) -> list[Any]:
+    """What of the ledger another machine must know."""
+    return [
+        made.sql(f"SELECT {columns} FROM _kframe.{table} ORDER BY ALL").fetchall()
+        for table, columns in (
+            ("positions", "* EXCLUDE (epoch)"),
+            ("batches", "* EXCLUDE (timings_ms)"),
+            ("dead_letters", "*"),
+            ("topics", "*"),
+            ("tables", "*"),
+        )
+    ]
+
+
+def test_an_empty_machine_goes_on_where_another_stopped(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path
+) -> None:
+    """Kills: state, a removed key, a dead letter or a position that is not in the changelog."""
+    write(kafka, topic, range(200))
+    kf.write(pd.DataFrame({"sku": ["s1"], "qty": ["x"]}), topic, brokers=kafka.brokers, progress=False)
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        before = tables(a), ledger(a)
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        assert b.run(progress=False).rows == 0
+        assert (tables(b), ledger(b)) == before
+        assert len(b.dead_letters()) == 1
+        write(kafka, topic, range(200, 300), note=["n"] * 100)
+        assert b.run(progress=False).rows == 100
+        after = tables(b), ledger(b)
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        assert a.run(progress=False).rows == 0
+        assert (tables(a), ledger(a)) == after
+        assert sorted(a.read("rows")["qty"]) == list(range(300))
+        assert a.read("totals")["total"].sum() == sum(range(300))
+        assert a.read("rows")["note"].notna().sum() == 100
+
+
+def test_what_was_committed_but_never_published_is_taken_back(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path
+) -> None:
+    """Kills: a returning instance that keeps batches which another one has computed in its place."""
+    write(kafka, topic, range(100))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    write(kafka, topic, range(100, 140))
+    with instance(kafka, tmp_path / "a.duckdb", topic, at_edge=unpublished()) as a:
+        with pytest.raises(InjectedFault):
+            a.run(progress=False)
+        assert a.sql("SELECT count(*) FROM rows").fetchall() == [(140,)]
+    with instance(kafka, tmp_path / "b.duckdb", topic, commit_interval_ms=7) as b:
+        assert b.run(progress=False).rows == 40
+        write(kafka, topic, range(140, 150))
+        b.run(progress=False)
+        expected = tables(b), ledger(b)
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        assert (tables(a), ledger(a)) == expected
+        assert sorted(a.read("rows")["qty"]) == list(range(150))
+
+
+def test_an_instance_that_was_never_replaced_publishes_the_rest(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path
+) -> None:
+    """Kills: taking everything back that was not published, though nobody else has computed it."""
+    write(kafka, topic, range(60))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    write(kafka, topic, range(60, 100))
+    with instance(kafka, tmp_path / "a.duckdb", topic, at_edge=unpublished()) as a:
+        with pytest.raises(InjectedFault):
+            a.run(progress=False)
+        committed = a.sql("SELECT max(batch_id) FROM _kframe.batches").fetchall()
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        assert a.run(progress=False).rows == 0
+        assert a.sql("SELECT max(batch_id) FROM _kframe.batches").fetchall() == committed
+        expected = tables(a)
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        b.run(progress=False)
+        assert tables(b) == expected
+
+
+def test_tables_from_before_standby_are_published_whole(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path
+) -> None:
+    write(kafka, topic, range(100))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        object.__setattr__(a._options, "standby", False)
+        a.run(progress=False)
+        object.__setattr__(a._options, "standby", True)
+        a.run(progress=False)
+        expected = tables(a), ledger(a)
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        b.run(progress=False)
+        assert (tables(b), ledger(b)) == expected
+
+
+def test_a_published_table_goes_on_from_another_machine(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path
+) -> None:
+    """Kills: outbox ids that begin anew, a table that is sent whole once more."""
+    out = f"{topic}-out"
+    write(kafka, topic, range(100))
+    for name, more in (("a", range(0)), ("b", range(100, 103))):
+        if len(more):
+            write(kafka, topic, more)
+        with instance(kafka, tmp_path / f"{name}.duckdb", topic) as made:
+            made.publish("totals", topic=out)
+            made.run(progress=False)
+    schema = {"sku": "str", "n": "int64", "total": "int64"}
+    sent = kf.read(out, brokers=kafka.brokers, schema=schema, progress=False)
+    assert sent["n"].gt(20).sum() == 3
+    assert sent.groupby("sku")["total"].max().sum() == sum(range(103))
+
+
+def test_a_copy_follows(kafka: kf.LocalKafka, topic: str, tmp_path: Path) -> None:
+    write(kafka, topic, range(100))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        with kf.follow(topic, tmp_path / "copy.duckdb", brokers=kafka.brokers, progress=False) as copy:
+            assert (tables(copy), ledger(copy)) == (tables(a), ledger(a))
+            assert "as it was at batch" in repr(copy)
+            write(kafka, topic, range(100, 200))
+            a.run(progress=False)
+            assert len(copy.read("rows")) == 100
+            copy.start()
+            while len(copy.read("rows")) < 200:
+                both = copy.sql("SELECT sum(n) = (SELECT count(*) FROM rows) FROM totals").fetchall()
+                assert both == [(True,)], "tables of two batches"
+            copy.stop()
+            assert (tables(copy), ledger(copy)) == (tables(a), ledger(a))
+            with pytest.raises(kf.errors.KframeError, match="only reads"):
+                copy.sql("DELETE FROM rows")
+        with pytest.raises(ConfigError, match="own file"):
+            kf.follow(topic, tmp_path / "a.duckdb", brokers=kafka.brokers, progress=False)
+    with pytest.raises(ConfigError, match="publishes no changelog"):
+        kf.follow("nobody", tmp_path / "n.duckdb", brokers=kafka.brokers, progress=False)
+
+
+def test_a_copy_that_is_too_old_is_made_anew(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tombstones may be gone by then. Kills: following on from a position that they have expired behind."""
+    write(kafka, topic, range(100))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        kf.follow(topic, tmp_path / "c.duckdb", brokers=kafka.brokers, progress=False).close()
+        write(kafka, topic, range(100, 120))
+        a.run(progress=False)
+        monkeypatch.setattr("kframe.replica.tombstones_kept", lambda *_: timedelta(0))
+        with kf.Pipeline(tmp_path / "c.duckdb", source=MemorySource(), name="other") as other:
+            other._store.cursor().execute("INSERT INTO latest (sku) VALUES ('gone')")
+        with kf.follow(topic, tmp_path / "c.duckdb", brokers=kafka.brokers, progress=False) as copy:
+            assert (tables(copy), ledger(copy)) == (tables(a), ledger(a))
+
+
+def test_a_restore_that_is_cut_short_shows_nothing_and_goes_on(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: half-restored tables that can be read; a second restore that adds rows again."""
+    write(kafka, topic, range(400))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        expected = tables(a), ledger(a)
+    limits = standing.Follower.__module__ + "._LIMITS"
+    monkeypatch.setattr(limits, kf.model.Limits(rows_max=100, bytes_max=1 << 20, interval_s=0.1))
+    replica = kf.Replica(topic, tmp_path / "c.duckdb", brokers=kafka.brokers)
+    replica._follower.catch_up(stopped=lambda: True)
+    with pytest.raises(Restoring):
+        replica.read("rows")
+    with replica.update(progress=False) as copy:
+        assert (tables(copy), ledger(copy)) == expected
+
+
+def test_a_bounded_run_beside_an_active_instance_says_so(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kframe.run._PATIENCE_S", 2)
+    write(kafka, topic, range(10))
+    with (
+        instance(kafka, tmp_path / "a.duckdb", topic, commit_interval_ms=20) as a,
+        instance(kafka, tmp_path / "b.duckdb", topic) as b,
+    ):
+        a.start()
+        while a.status().rows < 10:
+            a.lag()
+        with pytest.raises(InstanceActive):
+            b.run(progress=False)
+        assert tables(b)["totals"] == tables(a)["totals"]
+        a.stop()
+        assert b.run(progress=False).rows == 0
