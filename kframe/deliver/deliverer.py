@@ -101,6 +101,8 @@ class Deliverer:
                 raise _position_lost(self._outbox.pipeline, name, held, kept, end)
             position = kept  # it was kept in the file alone, or all rows are delivered
         self.target.commit(position)
+        if position > kept:  # delivered by a run that could not write it down
+            self._outbox.trim(name, position, exact=self.target.exact)
         return position
 
     def _carry(self, position: int) -> None:

@@ -151,8 +151,9 @@ def test_a_table_published_later_sends_what_it_holds(
         made.publish("revenue", topic=f"{source}-revenue")
         made.run(progress=False)
         made.run(progress=False)
-    assert consume(kafka, f"{source}-revenue") == [
-        (f"s{s}".encode(), {"sku": f"s{s}", "total": sum(range(s, 30, 3))}) for s in range(3)
+    got = consume(kafka, f"{source}-revenue")
+    assert sorted((v["sku"], v["total"]) for _, v in got) == [
+        (f"s{s}", sum(range(s, 30, 3))) for s in range(3)
     ]
 
 
@@ -171,7 +172,7 @@ def test_a_chain_of_pipelines_is_exactly_once(
         return made
 
     for edge in ("delivering", "delivered") * 2:
-        faults.arm(Fault(edge, at=3))
+        faults.arm(Fault(edge))
         with first() as made, pytest.raises(InjectedFault):
             made.run(progress=False)
     assert len(faults.fired) == 4
