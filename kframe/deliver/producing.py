@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ _REFUSED = {
     ck.KafkaError.CLUSTER_AUTHORIZATION_FAILED: "this user may not produce to the cluster",
     ck.KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "this user may not use the transactional id",
 }
+_quiet = logging.getLogger("kframe.kafka")
+"""For the client's own lines: what they say is in our errors, and a library does not print."""
+_quiet.addHandler(logging.NullHandler())
 _KEPT = "Nothing is lost: the row and those behind it are kept in the outbox; tables and positions stand."
 
 
@@ -68,7 +72,7 @@ class Sender:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         reports = {"delivery.report.only.error": True, "on_delivery": self._report}
-        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **reports})
+        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **reports}, logger=_quiet)
         self._failed: tuple[Any, Any] | None = None
 
     def _report(self, error: Any, message: Any) -> None:
