@@ -1,7 +1,7 @@
 """A hundred SIGKILLs of a real process that delivers: nothing lost, nothing doubled, keys in order.
 
-A third while records are sent and not committed, a third when they are committed and the file does not know it,
-a third at random moments. Kafka's own console consumer is a judge beside ours.
+A third while records are sent and not committed, a third when they are committed and the file does not know
+it, a third at random moments. Kafka's own console consumer is a judge beside ours.
 
 Kills: resending from the position in the file; reading the delivered position before init_transactions; rows
 posted outside of the batch's transaction; trimming before the commit.
@@ -9,6 +9,7 @@ posted outside of the batch's transaction; trimming before the commit.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -100,7 +101,7 @@ def console_consumer(brokers: str, topic: str, isolation: str) -> list[tuple[str
     command += ["--timeout-ms", "4000", "--formatter-property", "print.key=true"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert "Processed a total of" in done.stderr, done.stderr
-    lines = [line.split("\t", 1) for line in done.stdout.splitlines()]
+    lines = [line.split("\t", 1) for line in done.stdout.splitlines() if "\t{" in line]  # not its log
     return [(key, json.loads(value)) for key, value in lines]
 
 
@@ -118,7 +119,7 @@ def test_a_hundred_kills_lose_and_double_nothing(
         while hits.total() < KILLS:
             edge = (*DELIVERY_EDGES, None)[hits.total() % 3]
             within_s = random_.uniform(0.0, 0.6) if edge is None else None
-            code = server.session(edge=edge, at=random_.randint(1, 3), within_s=within_s, **where)
+            code = server.session(edge=edge, at=random_.randint(1, 2), within_s=within_s, **where)
             assert code in (0, -signal.SIGKILL), f"a session failed with exit code {code}"
             if code == 0:
                 expected += produce(kafka.brokers, topic, len(expected))
@@ -158,7 +159,7 @@ def judge(kafka: Any, topic: str, expected: list[tuple[str, int]]) -> None:
 
 
 def _ascending(numbers: list[int]) -> bool:
-    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(numbers))
 
 
 if __name__ == "__main__":
