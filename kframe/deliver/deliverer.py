@@ -14,7 +14,7 @@ from kframe.errors import DeliveryDelayed, DeliveryUnknown, KframeError, Retryab
 EDGES = ("delivering", "delivered")
 """Rows are sent and not committed; the target has them, and the file does not know it yet."""
 _ROWS_MAX = 100_000
-_RETRY_S = 1.0
+_RETRY_S = 0.2
 _GRACE_S = 5.0
 
 
