@@ -152,7 +152,7 @@ class Deliveries:
 
     def undelivered(self) -> int:
         """Rows in the outbox."""
-        return self._outbox.undelivered()
+        return sum(deliverer.undelivered() for deliverer in self._deliverers)
 
     def trouble(self) -> str | None:
         """What a deliverer is retrying after, or what ended it."""
