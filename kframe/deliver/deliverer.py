@@ -16,6 +16,8 @@ EDGES = ("delivering", "delivered")
 _ROWS_MAX = 100_000
 _RETRY_S = 0.2
 _GRACE_S = 5.0
+_current: dict[int, Deliverer] = {}
+"""Who uses a target, by its `id`: a run that had to give up on one may still be inside of it."""
 
 
 class Deliverer:
@@ -40,6 +42,7 @@ class Deliverer:
         self.moved = threading.Event()
         self._outbox = outbox
         self._at_edge = at_edge
+        self._before: Deliverer | None = None
         self._woken = threading.Event()
         self._ending = threading.Event()
         self._stop = threading.Event()
@@ -48,7 +51,9 @@ class Deliverer:
         )
 
     def start(self) -> None:
-        """Begin to deliver what is in the outbox."""
+        """Begin to deliver what is in the outbox, when an earlier run has left the target."""
+        self._before = _current.get(id(self.target))
+        _current[id(self.target)] = self
         self._thread.start()
 
     def wake(self) -> None:
@@ -72,6 +77,7 @@ class Deliverer:
 
     def _work(self) -> None:
         try:
+            self._await_turn()
             while not self._done():
                 try:
                     position = self._take_over()
@@ -83,10 +89,18 @@ class Deliverer:
         except BaseException as error:
             self.error = error
         finally:
+            if self._before is None or self._before.ended.is_set():
+                with contextlib.suppress(Exception):
+                    self.target.close()
+            if _current.get(id(self.target)) is self:
+                del _current[id(self.target)]
             self.ended.set()
             self.moved.set()
-            with contextlib.suppress(Exception):
-                self.target.close()
+
+    def _await_turn(self) -> None:
+        """One thread at a time calls a target."""
+        while self._before is not None and not self._before.ended.wait(_RETRY_S) and not self._stop.is_set():
+            self.trouble = "an earlier run is still inside of the target"
 
     def _take_over(self) -> int:
         name = self.target.name

@@ -52,12 +52,15 @@ class TransactionalTopics:
         self._spare: Sender | None = None
         self._group: Any = None
         self._begun = False
+        self._fenced = False
 
     def open(self, kept: int) -> int | None:
         """A new producer, which ends what the old one left open; then the position in the group."""
         with self._errors():
             if self._group is None:
                 self._group = ck.Consumer(self._settings.consumer(self._id))
+            if self._fenced:
+                self._check_still_ours()
             self._renew()
             position = self._committed()
         return position.offset if position.offset >= 0 else None
@@ -148,6 +151,7 @@ class TransactionalTopics:
             if self._sender is not None:
                 self._sender.check()
             if error.args[0].code() in FENCED:
+                self._fenced = True
                 self._check_still_ours()
             raise told(self._settings, error) from None
         except SystemError as error:  # the client's flush after a fatal error
@@ -156,10 +160,14 @@ class TransactionalTopics:
     def _check_still_ours(self) -> None:
         """A fenced producer: by another run, or by the broker when a transaction took too long?
 
+        Until that is answered no new producer may take the id over.
+
         Raises
         ------
         Fenced
             The position's owner is another one.
+        DeliveryDelayed
+            No answer: the position of an open transaction cannot be read.
         """
         try:
             owner = self._committed().metadata
@@ -171,6 +179,7 @@ class TransactionalTopics:
                 kept="Nothing of this delivery is visible; the rows are kept in the outbox.",
                 hint="Use the newer run, or give this pipeline another name=.",
             )
+        self._fenced = False
 
 
 class IdempotentTopics:

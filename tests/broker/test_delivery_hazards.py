@@ -7,8 +7,10 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import confluent_kafka as ck
+import pandas as pd
 import pyarrow as pa
 import pytest
 from confluent_kafka.admin import AdminClient, OffsetSpec
@@ -232,6 +234,61 @@ def test_an_expired_transaction_is_told_from_a_new_owner(proxied: tuple[kf.Local
     target.close()
     scene.deliver(newer, 2 * N)
     assert scene.visible() == Counter(range(3 * N))
+
+
+def test_a_fenced_producer_asks_before_it_takes_over(
+    proxied: tuple[kf.LocalKafka, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the newer run's transaction open the owner cannot be read. Kills: taking no answer for ours."""
+    kafka, _ = proxied
+    monkeypatch.setattr(kafka_target, "_TIMEOUT_S", 1.0)
+    scene = Scene(kafka)
+    older, newer = scene.target(), scene.target()
+    older.open(0)
+    older.commit(0)
+    older.send(scene.entries(0))
+    newer.open(0)
+    newer.commit(0)
+    group = newer._group.consumer_group_metadata()
+    newer.send(scene.entries(0))
+    marker = ck.TopicPartition("kframe-delivered", 0, N, newer._owner)
+    assert newer._sender is not None
+    newer._sender.producer.send_offsets_to_transaction([marker], group, 10)
+    with pytest.raises(DeliveryDelayed):
+        older.commit(N)
+    with pytest.raises(DeliveryDelayed):
+        older.open(0)
+    newer._sender.producer.commit_transaction(10)
+    with pytest.raises(Fenced):
+        older.open(0)
+    assert scene.visible() == Counter(range(N))
+
+
+def test_a_broker_killed_with_a_transaction_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client may hang in send_offsets then. Kills: rows lost or sent twice when the broker is back."""
+    monkeypatch.setattr(kafka_target, "_WATCHDOG_S", 3.0)
+    kills = {"delivering": 2, "delivered": 1}
+    with kf.local_kafka(tmp_path / "kafka", progress=False) as kafka:
+        numbers = pd.DataFrame({"n": range(200)})
+        kf.write(numbers, "numbers", brokers=kafka.brokers, progress=False)
+
+        def at_edge(edge: str) -> None:
+            if kills.get(edge):
+                kills[edge] -= 1
+                kafka.kill()
+                kafka.restart()
+
+        with kf.Pipeline(
+            tmp_path / "p.duckdb", brokers=kafka.brokers, batch_rows_max=50, at_edge=at_edge
+        ) as made:
+            made.topic("numbers", schema={"n": "int64"})
+            made.output("out", inputs=["numbers"])(lambda numbers: numbers)
+            made.run(progress=False)
+            kf.write(numbers + 200, "numbers", brokers=kafka.brokers, progress=False)
+            made.run(progress=False)
+        assert set(kills.values()) == {0}
+        got = kf.read("out", brokers=kafka.brokers, schema={"n": "int64"}, progress=False)
+        assert sorted(got["n"]) == list(range(400))
 
 
 def _until(condition: Callable[[], bool]) -> None:
