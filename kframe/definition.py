@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kframe.batch.decode import Decoder
+from kframe.deliver.target import Target
 from kframe.errors import DefinitionError
 from kframe.model import Outlet
 from kframe.schema import Schema
@@ -50,6 +51,7 @@ class Definition:
         self.steps: tuple[Step, ...] = ()
         self.side_tables: list[str] = []
         self.outlets: dict[tuple[str, str], Outlet] = {}
+        self.targets: dict[str, Target] = {}
 
     @property
     def tables(self) -> list[str]:

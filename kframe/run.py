@@ -28,6 +28,7 @@ from kframe.errors import (
     BrokerUnavailable,
     ConfigError,
     DefinitionError,
+    DeliveryUnknown,
     Fenced,
     InstanceActive,
     LostRange,
@@ -224,10 +225,11 @@ class Run:
             standby.take_over()
             self._serve(work)
             return not self._deposed()
-        except Fenced:
-            if self._deliveries is None or not self._deliveries.fenced():
+        except (Fenced, DeliveryUnknown) as error:
+            # Another one publishes already, if the group says so too: what it does not know of is taken back.
+            if self._deliveries is None or not self._deliveries.ended_by(error) or not self._turn_ends():
                 raise
-            return False  # another one publishes already: what it does not know of is taken back
+            return False
         finally:
             self._close()
             self._served.set()
@@ -237,6 +239,13 @@ class Run:
         if not in_time and self._deliveries is not None:
             self._deliveries.close(0.0)
         self._served.wait(_RELEASE_S)
+
+    def _turn_ends(self) -> bool:
+        """Wait for the group to say that another instance is the active one; False: it does not."""
+        patience = time.monotonic() + _RELEASE_S
+        while not self._deposed() and not self._stop.is_set() and time.monotonic() < patience:
+            self._served.wait(_LOOK_S)
+        return self._deposed()
 
     def _deposed(self) -> bool:
         return self._election is not None and not self._election.active

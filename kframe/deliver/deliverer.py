@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kframe.commit.outbox import Due, Outbox
 from kframe.deliver.target import Target
-from kframe.errors import DeliveryDelayed, DeliveryUnknown, Fenced, KframeError, Retryable
+from kframe.errors import DeliveryDelayed, DeliveryUnknown, KframeError, Retryable
 
 EDGES = ("delivering", "delivered")
 """Rows are sent and not committed; the target has them, and the file does not know it yet."""
 _ROWS_MAX = 100_000
-_RETRY_S = 1.0
+_RETRY_S = 0.2
 _GRACE_S = 5.0
+_current: dict[int, Deliverer] = {}
+"""Who uses a target, by its `id`: a run that had to give up on one may still be inside of it."""
 
 
 class Deliverer:
@@ -40,6 +42,7 @@ class Deliverer:
         self.moved = threading.Event()
         self._outbox = outbox
         self._at_edge = at_edge
+        self._before: Deliverer | None = None
         self._woken = threading.Event()
         self._ending = threading.Event()
         self._stop = threading.Event()
@@ -48,7 +51,9 @@ class Deliverer:
         )
 
     def start(self) -> None:
-        """Begin to deliver what is in the outbox."""
+        """Begin to deliver what is in the outbox, when an earlier run has left the target."""
+        self._before = _current.get(id(self.target))
+        _current[id(self.target)] = self
         self._thread.start()
 
     def wake(self) -> None:
@@ -72,6 +77,7 @@ class Deliverer:
 
     def _work(self) -> None:
         try:
+            self._await_turn()
             while not self._done():
                 try:
                     position = self._take_over()
@@ -83,10 +89,18 @@ class Deliverer:
         except BaseException as error:
             self.error = error
         finally:
+            if self._before is None or self._before.ended.is_set():
+                with contextlib.suppress(Exception):
+                    self.target.close()
+            if _current.get(id(self.target)) is self:
+                del _current[id(self.target)]
             self.ended.set()
             self.moved.set()
-            with contextlib.suppress(Exception):
-                self.target.close()
+
+    def _await_turn(self) -> None:
+        """One thread at a time calls a target."""
+        while self._before is not None and not self._before.ended.wait(_RETRY_S) and not self._stop.is_set():
+            self.trouble = "an earlier run is still inside of the target"
 
     def _take_over(self) -> int:
         name = self.target.name
@@ -101,6 +115,8 @@ class Deliverer:
                 raise _position_lost(self._outbox.pipeline, name, held, kept, end)
             position = kept  # it was kept in the file alone, or all rows are delivered
         self.target.commit(position)
+        if position > kept:  # delivered by a run that could not write it down
+            self._outbox.trim(name, position, exact=self.target.exact)
         return position
 
     def _carry(self, position: int) -> None:
@@ -150,16 +166,16 @@ class Deliveries:
 
     def undelivered(self) -> int:
         """Rows in the outbox."""
-        return self._outbox.undelivered()
+        return sum(deliverer.undelivered() for deliverer in self._deliverers)
 
     def trouble(self) -> str | None:
         """What a deliverer is retrying after, or what ended it."""
         ended = [str(d.error).splitlines()[0] for d in self._deliverers if d.error is not None]
         return next(iter([*ended, *(d.trouble for d in self._deliverers if d.trouble)]), None)
 
-    def fenced(self) -> bool:
-        """Whether another run delivers now."""
-        return any(isinstance(d.error, Fenced) for d in self._deliverers)
+    def ended_by(self, error: BaseException) -> bool:
+        """Whether a deliverer has ended with `error`."""
+        return any(deliverer.error is error for deliverer in self._deliverers)
 
     def check(self) -> None:
         """Raise what has ended a deliverer, if anything has."""

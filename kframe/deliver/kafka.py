@@ -52,14 +52,19 @@ class TransactionalTopics:
         self._spare: Sender | None = None
         self._group: Any = None
         self._begun = False
+        self._fenced = self._owned = False
 
     def open(self, kept: int) -> int | None:
         """A new producer, which ends what the old one left open; then the position in the group."""
         with self._errors():
             if self._group is None:
                 self._group = ck.Consumer(self._settings.consumer(self._id))
+            if self._fenced:
+                self._check_still_ours()
             self._renew()
             position = self._committed()
+        if self._owned and position.metadata and position.metadata != self._owner:
+            raise self._taken_over()  # and its producer, fenced by ours, finds that out and goes on
         return position.offset if position.offset >= 0 else None
 
     def send(self, entries: Iterable[Entry]) -> None:
@@ -80,7 +85,7 @@ class TransactionalTopics:
                 lambda: sender.producer.send_offsets_to_transaction([marker], group, _TIMEOUT_S),
                 lambda: sender.producer.commit_transaction(_TIMEOUT_S),
             )
-            self._begun = False
+            self._begun, self._owned = False, True
             if slowest > self._slow_s:
                 self.recycled += 1
                 self._renew()
@@ -148,6 +153,7 @@ class TransactionalTopics:
             if self._sender is not None:
                 self._sender.check()
             if error.args[0].code() in FENCED:
+                self._fenced = True
                 self._check_still_ours()
             raise told(self._settings, error) from None
         except SystemError as error:  # the client's flush after a fatal error
@@ -156,21 +162,29 @@ class TransactionalTopics:
     def _check_still_ours(self) -> None:
         """A fenced producer: by another run, or by the broker when a transaction took too long?
 
+        Until that is answered no new producer may take the id over.
+
         Raises
         ------
         Fenced
             The position's owner is another one.
+        DeliveryDelayed
+            No answer: the position of an open transaction cannot be read.
         """
         try:
             owner = self._committed().metadata
         except ck.KafkaException as error:
             raise told(self._settings, error) from None
         if owner != self._owner:
-            raise Fenced(
-                f"Another run delivers the rows of {self._id!r} now.",
-                kept="Nothing of this delivery is visible; the rows are kept in the outbox.",
-                hint="Use the newer run, or give this pipeline another name=.",
-            )
+            raise self._taken_over()
+        self._fenced = False
+
+    def _taken_over(self) -> Fenced:
+        return Fenced(
+            f"Another run delivers the rows of {self._id!r} now.",
+            kept="Nothing of this delivery is visible; the rows are kept in the outbox.",
+            hint="Use the newer run, or give this pipeline another name=.",
+        )
 
 
 class IdempotentTopics:

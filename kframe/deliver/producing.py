@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ _REFUSED = {
     ck.KafkaError.CLUSTER_AUTHORIZATION_FAILED: "this user may not produce to the cluster",
     ck.KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "this user may not use the transactional id",
 }
+_quiet = logging.getLogger("kframe.kafka")
+"""For the client's own lines: what they say is in our errors, and a library does not print."""
+_quiet.addHandler(logging.NullHandler())
 _KEPT = "Nothing is lost: the row and those behind it are kept in the outbox; tables and positions stand."
 
 
@@ -58,7 +62,7 @@ def bounded(call: Callable[[], Any], within_s: float) -> Any:
 
 
 class Sender:
-    """A producer, and the first record that the brokers did not take from it.
+    """A producer, and what the brokers did not take from it.
 
     Parameters
     ----------
@@ -68,21 +72,22 @@ class Sender:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         reports = {"delivery.report.only.error": True, "on_delivery": self._report}
-        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **reports})
-        self._failed: KframeError | None = None
+        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **reports}, logger=_quiet)
+        self._failed: tuple[Any, Any] | None = None
 
     def _report(self, error: Any, message: Any) -> None:
-        if error is None or self._failed is not None:
-            return
-        if error.code() in _REFUSED:
-            self._failed = refused(error.code(), message.topic(), message.key(), message.value())
-        else:
-            self._failed = DeliveryDelayed(f"Topic {message.topic()!r}: {error.str()}", kept=_KEPT)
+        """Keep the largest: with one record too large, the whole request that it is in fails."""
+        if error is not None and (self._failed is None or len(message) > len(self._failed[1])):
+            self._failed = (error, message)
 
     def check(self) -> None:
-        """Raise for the first record that was not taken, if there is one."""
-        if self._failed is not None:
-            raise self._failed
+        """Raise for a record that was not taken, if there is one."""
+        if self._failed is None:
+            return
+        error, message = self._failed
+        if error.code() in _REFUSED:
+            raise refused(error.code(), message.topic(), message.key(), message.value())
+        raise DeliveryDelayed(f"Topic {message.topic()!r}: {error.str()}", kept=_KEPT)
 
     def produce(self, entries: Iterable[Entry]) -> None:
         """Hand over every record, waiting while the client's queue is full, then for all acknowledgements."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from kframe.config import Options
 from kframe.definition import as_columns
 from kframe.deliver.kafka import NAME as KAFKA
 from kframe.deliver.kafka import IdempotentTopics, TransactionalTopics
+from kframe.deliver.parquet import ParquetFolder
 from kframe.deliver.producing import prepare_topics
 from kframe.deliver.target import Target
-from kframe.errors import DefinitionError
+from kframe.errors import ConfigError, DefinitionError
 from kframe.model import Outlet
 from kframe.pipeline.declaring import Declaring, Function
 from kframe.source.settings import Settings
@@ -112,6 +114,43 @@ class Delivering(Declaring):
         self._check_outlet(outlet, "publish()")
         self._definition.outlets[KAFKA, outlet.name] = outlet
 
+    def connect(
+        self,
+        to: str | os.PathLike[str] | Target,
+        *,
+        tables: Sequence[str],
+        mode: str = "transaction",
+        schema: str = "public",
+    ) -> None:
+        """Carry tables to a store outside: their rows of now first, then every batch's changes.
+
+        Parameters
+        ----------
+        to : str, path or Target
+            ``"postgresql://user@host/database"`` (the extra ``[postgres]``; PostgreSQL 15 or newer), a folder
+            for Parquet files, or a connector of your own.
+        tables : sequence of str
+            Tables that steps make; keyed ones and aggregates arrive as upserts and deletes.
+        mode : "transaction" or "idempotent"
+            PostgreSQL: the position in the transaction of the rows, or the id of each key's last change
+            beside it, so that replays and deliverers out of order do no harm.
+        schema : str
+            PostgreSQL: where the tables are.
+
+        Raises
+        ------
+        DefinitionError
+            No step makes a table, or an aggregate does not show its group columns.
+        ConfigError
+            The connection string or the mode is not usable.
+        """
+        target = connector(to, self.name, mode=mode, schema=schema)
+        outlets = [Outlet(t, target.name, t, self._key_of(t), records=False) for t in tables]
+        for outlet in outlets:
+            self._check_outlet(outlet, "connect()")
+        self._definition.targets[target.name] = target
+        self._definition.outlets.update({(o.target, o.name): o for o in outlets})
+
     # ---- inside -------------------------------------------------------------------------------------
 
     def _key_of(self, table: str) -> tuple[str, ...]:
@@ -124,7 +163,7 @@ class Delivering(Declaring):
         return shown_key(steps[table])
 
     def _check_outlet(self, outlet: Outlet, what: str) -> None:
-        if self._settings is None:
+        if outlet.target == KAFKA and self._settings is None:
             raise DefinitionError(
                 f"{what} sends to Kafka, and this pipeline has no brokers.",
                 hint='Give brokers= instead of source=: Pipeline(..., brokers="localhost:9092").',
@@ -149,10 +188,37 @@ class Delivering(Declaring):
 
     def _targets(self) -> list[Target]:
         """Where rows go: of the outlets of now, and of those that were and have left rows behind."""
+        connected = list(self._definition.targets.values())
         wanted = {target for target, _ in self._definition.outlets}
         left = Outbox(self._store, self.name).undelivered(KAFKA)
         if self._settings is None or not (KAFKA in wanted or left or self._options.standby):
-            return []
+            return connected
         if self._options.processing_guarantee == "exactly_once":
-            return [TransactionalTopics(self._settings, self.name)]
-        return [IdempotentTopics(self._settings)]
+            return [TransactionalTopics(self._settings, self.name), *connected]
+        return [IdempotentTopics(self._settings), *connected]
+
+
+def connector(to: str | os.PathLike[str] | Target, pipeline: str, *, mode: str, schema: str) -> Target:
+    """The target that `to` names. Raises `ConfigError` when it names none."""
+    if mode not in ("transaction", "idempotent"):
+        raise ConfigError(f"connect(mode={mode!r}): the mode is 'transaction' or 'idempotent'.")
+    if not isinstance(to, str | os.PathLike):
+        return to
+    text = os.fspath(to)
+    if not text.startswith(("postgresql://", "postgres://")):
+        if "://" in text:
+            raise ConfigError(
+                f"connect(): there is no connector for {text.split('://')[0]}://.",
+                hint="There are postgresql:// and folders; docs/connectors.md shows how to write one.",
+            )
+        return ParquetFolder(text, pipeline)
+    try:
+        from kframe.deliver.postgres import PostgresTables
+    except ImportError:
+        raise ConfigError(
+            "connect() to PostgreSQL needs psycopg.", hint="pip install 'kframe-duckdb[postgres]'"
+        ) from None
+    try:
+        return PostgresTables(text, pipeline, schema=schema, idempotent=mode == "idempotent")
+    except ValueError as error:
+        raise ConfigError(f"connect(): {error}.") from None

@@ -9,6 +9,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.types as pt
 
+from kframe.commit.store import quote
 from kframe.errors import SchemaError
 
 TOMBSTONE = "_tombstone"
@@ -73,31 +74,31 @@ def records(
 
 def _value(schema: pa.Schema) -> str:
     fields = [f for f in schema if f.name != TOMBSTONE]
-    members = ", ".join(f"{_quote(f.name)} := {_json(_quote(f.name), f.type)}" for f in fields)
+    members = ", ".join(f"{quote(f.name)} := {as_json(quote(f.name), f.type)}" for f in fields)
     value = f"encode(CAST(to_json(struct_pack({members})) AS VARCHAR))" if fields else "encode('{}')"
     if TOMBSTONE not in schema.names:
         return value
-    return f"CASE WHEN {_quote(TOMBSTONE)} IS NOT TRUE THEN {value} END"
+    return f"CASE WHEN {quote(TOMBSTONE)} IS NOT TRUE THEN {value} END"
 
 
 def _key(schema: pa.Schema, key: Sequence[str]) -> str:
     if not key:
         return "CAST(NULL AS BLOB)"
     if len(key) > 1:
-        members = ", ".join(f"{_quote(k)} := {_json(_quote(k), schema.field(k).type)}" for k in key)
+        members = ", ".join(f"{quote(k)} := {as_json(quote(k), schema.field(k).type)}" for k in key)
         return f"encode(CAST(to_json(struct_pack({members})) AS VARCHAR))"
-    type_, column = schema.field(key[0]).type, _quote(key[0])
+    type_, column = schema.field(key[0]).type, quote(key[0])
     if _is_binary(type_):
         return column
-    value = _json(column, type_)
+    value = as_json(column, type_)
     text = f"to_json({value})" if pt.is_nested(type_) else value
     return f"encode(CAST({text} AS VARCHAR))"
 
 
-def _json(x: str, type_: pa.DataType) -> str:
+def as_json(x: str, type_: pa.DataType) -> str:
     """`x` as something that ``to_json`` writes without loss."""
     if pt.is_dictionary(type_):
-        return _json(x, type_.value_type)
+        return as_json(x, type_.value_type)
     if pt.is_floating(type_):
         exact = f"CAST(CAST({x} AS VARCHAR) AS DOUBLE)" if type_ != pa.float64() else x
         return f"CASE WHEN isfinite({x}) THEN {exact} END"
@@ -108,11 +109,11 @@ def _json(x: str, type_: pa.DataType) -> str:
     if pt.is_decimal(type_) or pt.is_date(type_) or pt.is_time(type_) or pt.is_duration(type_):
         return f"CAST({x} AS VARCHAR)"
     if pt.is_struct(type_):
-        members = ", ".join(f"{_quote(f.name)} := {_json(f'({x}).{_quote(f.name)}', f.type)}" for f in type_)
+        members = ", ".join(f"{quote(f.name)} := {as_json(f'({x}).{quote(f.name)}', f.type)}" for f in type_)
         return f"CASE WHEN {x} IS NOT NULL THEN struct_pack({members}) END"
     if pt.is_list(type_) or pt.is_large_list(type_):
         depth = f"v{x.count('list_transform')}_{len(x)}"
-        return f"list_transform({x}, lambda {depth}: {_json(depth, type_.value_type)})"
+        return f"list_transform({x}, lambda {depth}: {as_json(depth, type_.value_type)})"
     return x
 
 
@@ -123,7 +124,3 @@ def _shown(row: pa.Table) -> str:
 
 def _is_binary(type_: pa.DataType) -> bool:
     return bool(pt.is_binary(type_) or pt.is_large_binary(type_) or pt.is_binary_view(type_))
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

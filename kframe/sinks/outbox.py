@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from kframe.commit.outbox import Outbox
 from kframe.commit.store import quote
-from kframe.model import Change, Outlet
+from kframe.model import OUTPUT, Change, Outlet
 from kframe.sinks.encode import TOMBSTONE, records
+from kframe.sinks.table import as_stored
 
 Part = tuple[str, tuple[str, ...], pa.Table]
 """Kind, key and rows of one entry."""
@@ -28,7 +29,7 @@ def post(
     Parameters
     ----------
     cur : DuckDBPyConnection
-        Inside the batch's transaction.
+        Inside the batch's transaction, after the tables are written.
     changes : iterable of Change
         In users' terms: rows as the table shows them.
 
@@ -38,7 +39,10 @@ def post(
         A record cannot have the key that its outlet needs. Roll the transaction back.
     """
     for change in changes:
-        for outlet in (o for o in outlets if o.step == change.table):
+        wanted = [outlet for outlet in outlets if outlet.step == change.table]
+        if wanted and change.schema != OUTPUT and change.rows.num_rows:
+            change = as_stored(cur, change)
+        for outlet in wanted:
             for kind, key, rows in _encoded(cur, outlet, change) if outlet.records else _plain(change):
                 outbox.post(cur, batch_id, outlet.target, outlet.name, rows, kind=kind, key=key)
 

@@ -60,6 +60,21 @@ def write(cur: duckdb.DuckDBPyConnection, change: Change) -> int:
     return deleted + int(change.rows.num_rows)
 
 
+def as_stored(cur: duckdb.DuckDBPyConnection, change: Change) -> Change:
+    """A change with all columns of its table, in the table's types and order; those it lacks are NULL.
+
+    Parameters
+    ----------
+    cur : DuckDBPyConnection
+        In the transaction that has written the change.
+    """
+    change = ensure_table(cur, change)
+    stored = _stored(cur, change) or change.rows.schema
+    given = {name.casefold(): change.rows[name] for name in change.rows.column_names}
+    columns = [given.get(f.name.casefold(), pa.nulls(change.rows.num_rows, f.type)) for f in stored]
+    return replace(change, rows=pa.table(columns, names=stored.names))
+
+
 def prepare(
     cur: duckdb.DuckDBPyConnection, steps: Iterable[Any], schemas: Mapping[str, pa.Schema] | None = None
 ) -> None:

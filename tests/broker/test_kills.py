@@ -107,10 +107,12 @@ class Server:
 
 
 @contextmanager
-def fork_server() -> Iterator[Server]:
+def fork_server(file: str = __file__) -> Iterator[Server]:
+    """The fork server of a test file."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, file],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -151,8 +151,9 @@ def test_a_table_published_later_sends_what_it_holds(
         made.publish("revenue", topic=f"{source}-revenue")
         made.run(progress=False)
         made.run(progress=False)
-    assert consume(kafka, f"{source}-revenue") == [
-        (f"s{s}".encode(), {"sku": f"s{s}", "total": sum(range(s, 30, 3))}) for s in range(3)
+    got = consume(kafka, f"{source}-revenue")
+    assert sorted((v["sku"], v["total"]) for _, v in got) == [
+        (f"s{s}", sum(range(s, 30, 3))) for s in range(3)
     ]
 
 
@@ -162,7 +163,6 @@ def test_a_chain_of_pipelines_is_exactly_once(
     """One's output is another's input; both fall at every edge of delivery. Kills: resending from the file's
     position, or going on before init_transactions."""
     source, middle = make_topic(2), make_topic(2)
-    produce(kafka, source, rows(400))
     faults = Faults()
 
     def first() -> kf.Pipeline:
@@ -170,8 +170,9 @@ def test_a_chain_of_pipelines_is_exactly_once(
         made.output(middle, key="sku", inputs=[source])(lambda orders: orders[["sku", "qty"]])
         return made
 
-    for edge in ("delivering", "delivered") * 2:
-        faults.arm(Fault(edge, at=3))
+    for i, edge in enumerate(("delivering", "delivered") * 2):
+        produce(kafka, source, rows(100, first=100 * i))
+        faults.arm(Fault(edge))
         with first() as made, pytest.raises(InjectedFault):
             made.run(progress=False)
     assert len(faults.fired) == 4

@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-KILLS = int(os.environ.get("KFRAME_TAKEOVERS", "30"))
+STRIKES = int(os.environ.get("KFRAME_TAKEOVERS", "30"))
 FILES = "abc"
 EDGES = (
     *("fetched", "transformed", "rows_written", "positions_written"),
@@ -87,8 +87,9 @@ class Instance:
         self.file = file
         self.edge = edge
         command = [sys.executable, __file__, str(file), kafka.brokers, topic, edge, str(at)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(f"{file}.{time.monotonic():.0f}.err", "w"), text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = ["", "0"]
+        self.told: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -96,9 +97,12 @@ class Instance:
         for line in self.process.stdout:
             if line.startswith(("running", "standby")):
                 self.said = line.split()
+            elif "nanobind" not in line and "leaked" not in line:
+                self.told.append(line)
 
     def __repr__(self) -> str:
-        return f"<{self.file.name} {self.said}, exit {self.process.poll()}>"
+        told = "".join(self.told[-12:])
+        return f"<{self.file.name} {self.said}, exit {self.process.poll()}, {self.edge or 'any'}> {told}"
 
     @property
     def active(self) -> bool:
@@ -142,10 +146,11 @@ class Feeder(threading.Thread):
         return self.written
 
 
-def until(condition: Any, what: str, seconds: float = 60) -> None:
-    pause, deadline = threading.Event(), time.monotonic() + seconds
+def until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+    """Wait for a condition, in bounded time."""
+    pause, deadline = threading.Event(), time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, otherwise()
         pause.wait(0.02)
 
 
@@ -175,54 +180,60 @@ def aborted(kafka: kf.LocalKafka, topic: str) -> int:
     return records - len(seen)
 
 
+def strike(victim: Instance, others: list[Instance], dice: random.Random) -> str:
+    """Take the active instance's work away from it in one of several ways; which."""
+    pause = threading.Event()
+    if victim.edge:
+        until(lambda: victim.process.poll() is not None, lambda: f"the fault never fired: {victim}")
+    elif dice.random() < 0.25:
+        victim.process.send_signal(signal.SIGSTOP)
+        until(lambda: any(i.active for i in others), lambda: f"nobody took over: {others}")
+        pause.wait(dice.random())
+        victim.process.send_signal(signal.SIGCONT)
+        until(lambda: not victim.active, lambda: f"the one that woke went on: {victim}")
+        return "stopped and woken"
+    else:
+        pause.wait(dice.random() * 0.4)
+        victim.process.kill()
+    assert victim.process.wait(30) == -signal.SIGKILL, victim
+    return victim.edge or "at a random moment"
+
+
 def test_take_overs(kafka: kf.LocalKafka, tmp_path: Path) -> None:
     dice = random.Random(11)
     topic = kafka.create_topic("orders", 3)
     kafka.create_topic("orders-out", 3)
     feeder = Feeder(kafka, topic)
     feeder.start()
-    edges, deaths, began = cycle(EDGES), Counter[str](), time.monotonic()
+    edges, struck, began = cycle(EDGES), Counter[str](), time.monotonic()
     instances = [Instance(tmp_path / f"{name}.duckdb", kafka, topic) for name in FILES]
-    pause = threading.Event()
-    while sum(deaths.values()) < KILLS:
-        until(lambda: any(i.active for i in instances), "nobody took over")
-        victim = next(i for i in instances if i.active)
-        how = dice.choice(["edge", "moment", "moment", "stopped"])
-        if victim.edge:
-            until(
-                lambda v=victim: v.process.poll() is not None, f"the fault at {victim.edge} never fired", 30
-            )
-            how = victim.edge
-        elif how == "stopped":
-            victim.process.send_signal(signal.SIGSTOP)
-            until(lambda v=victim: any(i.active for i in instances if i is not v), "nobody took over")
-            pause.wait(dice.random())
-            victim.process.send_signal(signal.SIGCONT)
-            until(lambda v=victim: not v.active, "the one that woke went on", 30)
-            deaths[how] += 1
-            continue
-        else:
-            pause.wait(dice.random() * 0.4)
-            victim.process.kill()
-            how = "moment"
-        assert victim.process.wait(30) == -signal.SIGKILL, victim.process.stderr.read()  # type: ignore[union-attr]
-        deaths[how] += 1
-        edge, at = (next(edges), dice.randrange(1, 4)) if dice.random() < 0.6 else ("", 0)
-        instances[instances.index(victim)] = Instance(victim.file, kafka, topic, edge, at)
-    for instance in [i for i in instances if i.edge]:
-        instance.process.kill()
-        instance.process.wait(30)
-    survivors = [i for i in instances if not i.edge] or [Instance(tmp_path / "a.duckdb", kafka, topic)]
-    records = feeder.end()
-    until(
-        lambda: any(i.active and int(i.said[1]) == records for i in survivors),
-        f"not all of {records} was read: {survivors}",
-    )
+    try:
+        while sum(struck.values()) < STRIKES:
+            until(lambda: any(i.active for i in instances), lambda: f"nobody is active: {instances}")
+            victim = next(i for i in instances if i.active)
+            struck[strike(victim, [i for i in instances if i is not victim], dice)] += 1
+            if victim.process.poll() is not None:
+                edge, at = (next(edges), dice.randrange(1, 4)) if dice.random() < 0.6 else ("", 0)
+                instances[instances.index(victim)] = Instance(victim.file, kafka, topic, edge, at)
+        records = feeder.end()
+        for instance in [i for i in instances if i.edge]:
+            instance.process.kill()
+            instance.process.wait(30)
+            instances[instances.index(instance)] = Instance(instance.file, kafka, topic)
+        until(
+            lambda: any(i.active and int(i.said[1]) == records for i in instances),
+            lambda: f"not all of {records} was read: {instances}",
+        )
+        for instance in instances:
+            instance.end()
+    finally:
+        feeder.end()
+        for instance in instances:
+            instance.process.kill()
+            instance.process.wait(30)
     print(
-        f"{sum(deaths.values())} in {time.monotonic() - began:.0f} s over {records:,} records: {dict(deaths)}"
+        f"{sum(struck.values())} in {time.monotonic() - began:.0f} s over {records:,} records: {dict(struck)}"
     )
-    for instance in survivors:
-        instance.end()
 
     expected = pd.DataFrame({"n": range(records)})
     expected["sku"] = "s" + (expected["n"] % KEYS).astype(str)

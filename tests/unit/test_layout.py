@@ -31,6 +31,7 @@ MEET = {
     ("commit", "transform"),
     ("sinks", "commit"),  # the outbox is a sink that lives beside the ledger
     ("deliver", "commit"),
+    ("deliver", "sinks"),  # one way to write JSON
     ("deliver", "source"),  # one set of client settings
 }
 """Stages that import another one."""
