@@ -22,6 +22,7 @@ from kframe.commit.transaction import transaction
 from kframe.config import Options
 from kframe.definition import Definition, Topic
 from kframe.deliver.deliverer import Deliveries
+from kframe.deliver.kafka import NAME as KAFKA
 from kframe.deliver.target import Target
 from kframe.engine import Engine, recreated
 from kframe.errors import (
@@ -32,6 +33,7 @@ from kframe.errors import (
     Fenced,
     InstanceActive,
     LostRange,
+    Retryable,
     is_interrupt,
 )
 from kframe.executors.local import Executor, LocalExecutor
@@ -65,6 +67,7 @@ _PATIENCE_S = 60.0
 _CLOSE_S = 10.0
 _RELEASE_S = 60.0
 _LOOK_S = 0.2
+_TURN_S = 15.0
 
 
 class Run:
@@ -159,7 +162,7 @@ class Run:
         try:
             if self._standby is None:
                 self._become("running")
-                self._serve(work)
+                self._serve(work, self._targets())
             else:
                 self._stand_by(self._standby, work)
             self._become("stopped")
@@ -181,8 +184,8 @@ class Run:
             self._close()
             self.ended.set()
 
-    def _serve(self, work: Callable[[Engine], None]) -> None:
-        self.engine = self._prepare()
+    def _serve(self, work: Callable[[Engine], None], targets: Sequence[Target]) -> None:
+        self.engine = self._prepare(targets)
         work(self.engine)
         self._finish()
 
@@ -222,12 +225,13 @@ class Run:
         """Work while this instance is the active one; whether it has ended for another reason than that."""
         self._served.clear()
         try:
-            standby.take_over()
-            self._serve(work)
+            targets = self._targets()
+            standby.take_over(next(target for target in targets if target.name == KAFKA))
+            self._serve(work, targets)
             return not self._deposed()
-        except (Fenced, DeliveryUnknown) as error:
+        except (Retryable, Fenced, DeliveryUnknown):
             # Another one publishes already, if the group says so too: what it does not know of is taken back.
-            if self._deliveries is None or not self._deliveries.ended_by(error) or not self._turn_ends():
+            if not self._turn_ends():
                 raise
             return False
         finally:
@@ -242,7 +246,7 @@ class Run:
 
     def _turn_ends(self) -> bool:
         """Wait for the group to say that another instance is the active one; False: it does not."""
-        patience = time.monotonic() + _RELEASE_S
+        patience = time.monotonic() + _TURN_S
         while not self._deposed() and not self._stop.is_set() and time.monotonic() < patience:
             self._served.wait(_LOOK_S)
         return self._deposed()
@@ -371,7 +375,7 @@ class Run:
 
     # ---- taking over --------------------------------------------------------------------------------
 
-    def _prepare(self) -> Engine:
+    def _prepare(self, targets: Sequence[Target]) -> Engine:
         """Claim the pipeline, check its topics, settle schemas and positions, and start the source."""
         self._definition.check_runnable()
         topics = self._definition.read_topics()
@@ -395,7 +399,6 @@ class Run:
             enrol(cur, Outbox(self._store, self._ledger.pipeline), outlets, self._ledger.next_batch_id())
             if journal is not None:
                 journal.open(cur, stored(self._definition.steps))
-        targets = self._targets()
         if targets:
             self._deliveries = Deliveries(Outbox(self._store, self._ledger.pipeline), targets, self._at_edge)
             self._deliveries.start()

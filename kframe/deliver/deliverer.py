@@ -173,10 +173,6 @@ class Deliveries:
         ended = [str(d.error).splitlines()[0] for d in self._deliverers if d.error is not None]
         return next(iter([*ended, *(d.trouble for d in self._deliverers if d.trouble)]), None)
 
-    def ended_by(self, error: BaseException) -> bool:
-        """Whether a deliverer has ended with `error`."""
-        return any(deliverer.error is error for deliverer in self._deliverers)
-
     def check(self) -> None:
         """Raise what has ended a deliverer, if anything has."""
         for deliverer in self._deliverers:

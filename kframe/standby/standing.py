@@ -8,9 +8,11 @@ from datetime import timedelta
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from kframe.commit.ledger import Ledger
+from kframe.commit.outbox import Outbox
 from kframe.deliver.kafka import NAME as KAFKA
-from kframe.deliver.kafka import TransactionalTopics
 from kframe.deliver.producing import explained, prepare_topics, unless_there
+from kframe.deliver.target import Target
+from kframe.errors import Fenced
 from kframe.source.kafka import KafkaSource
 from kframe.source.settings import Settings
 from kframe.standby.election import Election
@@ -87,14 +89,30 @@ class Standby:
         if not stopped():
             follower.follow(stopped)
 
-    def take_over(self) -> None:
-        """Fence whoever was active, then read the changelog to its end: from now on it is this instance's."""
-        fence = TransactionalTopics(self._settings, self._ledger.pipeline)
-        fence.open(0)
-        try:
+    def take_over(self, target: Target) -> None:
+        """Fence whoever was active, then read the changelog to its end: from now on it is this instance's.
+
+        Parameters
+        ----------
+        target : Target
+            The Kafka target that this instance will deliver by. It claims the delivered position first: one
+            that was paused on its way to being active finds the claim when it wakes, and publishes nothing.
+
+        Raises
+        ------
+        Fenced
+            Another instance has published meanwhile.
+        """
+        held = target.open(0) or 0
+        target.commit(held)
+        if (
             self._follower().catch_up()
-        finally:
-            fence.close()
+            and Outbox(self._ledger.store, self._ledger.pipeline).position(KAFKA)[0] != held
+        ):
+            raise Fenced(
+                f"Another instance of pipeline {self._ledger.pipeline!r} has published meanwhile.",
+                kept="Nothing of this one was published.",
+            )
 
     def _follower(self) -> Follower:
         return follower(self._settings, self._ledger, self._topic, self._retention)

@@ -34,9 +34,12 @@ QUICK = {"session.timeout.ms": 1000, "heartbeat.interval.ms": 300}
 
 
 def serve(path: str, brokers: str, topic: str, edge: str, at: str) -> None:
+    import faulthandler
+
     import kframe as kf
     from kframe.testing import Fault, Faults
 
+    faulthandler.register(signal.SIGUSR1)
     faults = Faults(*([Fault(edge, "kill", int(at))] if edge else []))
     shop = kf.Pipeline(
         path,
@@ -101,16 +104,15 @@ class Instance:
                 self.told.append(line)
 
     def __repr__(self) -> str:
-        told = "".join(self.told[-12:])
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)  # its threads' stacks
+            threading.Event().wait(1)
+        told = "".join(self.told[-120:])
         return f"<{self.file.name} {self.said}, exit {self.process.poll()}, {self.edge or 'any'}> {told}"
 
     @property
     def active(self) -> bool:
         return self.process.poll() is None and self.said[0] == "running"
-
-    def end(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -180,57 +182,80 @@ def aborted(kafka: kf.LocalKafka, topic: str) -> int:
     return records - len(seen)
 
 
-def strike(victim: Instance, others: list[Instance], dice: random.Random) -> str:
-    """Take the active instance's work away from it in one of several ways; which."""
-    pause = threading.Event()
-    if victim.edge:
-        until(lambda: victim.process.poll() is not None, lambda: f"the fault never fired: {victim}")
-    elif dice.random() < 0.25:
-        victim.process.send_signal(signal.SIGSTOP)
-        until(lambda: any(i.active for i in others), lambda: f"nobody took over: {others}")
-        pause.wait(dice.random())
-        victim.process.send_signal(signal.SIGCONT)
-        until(lambda: not victim.active, lambda: f"the one that woke went on: {victim}")
-        return "stopped and woken"
-    else:
-        pause.wait(dice.random() * 0.4)
-        victim.process.kill()
-    assert victim.process.wait(30) == -signal.SIGKILL, victim
-    return victim.edge or "at a random moment"
+class Group:
+    """The instances; one that has died at its edge is replaced, with the same file and another edge."""
+
+    def __init__(self, folder: Path, kafka: kf.LocalKafka, topic: str, dice: random.Random) -> None:
+        self._kafka, self._topic, self._dice = kafka, topic, dice
+        self._edges = cycle(EDGES)
+        self.struck = Counter[str]()
+        self.members = [Instance(folder / f"{name}.duckdb", kafka, topic) for name in FILES]
+
+    def revive(self) -> None:
+        for i, member in enumerate(self.members):
+            if member.process.poll() is not None:
+                assert member.process.poll() == -signal.SIGKILL, member
+                self.struck[member.edge or "at a random moment"] += 1
+                edge, at = "", 0
+                if self._dice.random() < 0.6 and sum(self.struck.values()) < STRIKES:
+                    edge, at = next(self._edges), self._dice.randrange(1, 4)
+                self.members[i] = Instance(member.file, self._kafka, self._topic, edge, at)
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        def met() -> bool:
+            self.revive()
+            return condition()
+
+        until(met, lambda: f"{what}: {self.members}")
+
+    def active(self, *, but: Instance | None = None) -> bool:
+        return any(member.active for member in self.members if member is not but)
+
+    def strike(self) -> None:
+        """Take the active instance's work away from it in one of several ways."""
+        pause = threading.Event()
+        self.wait(self.active, "nobody is active")
+        victim = next((m for m in self.members if m.active), self.members[0])
+        if victim.edge:
+            self.wait(lambda: victim not in self.members, f"{victim.edge} was never passed")
+        elif self._dice.random() < 0.25:
+            victim.process.send_signal(signal.SIGSTOP)
+            self.wait(lambda: self.active(but=victim), "nobody took over from the stopped one")
+            pause.wait(self._dice.random())
+            victim.process.send_signal(signal.SIGCONT)
+            self.wait(lambda: not victim.active, "the one that woke went on")
+            self.struck["stopped and woken"] += 1
+        else:
+            pause.wait(self._dice.random() * 0.4)
+            victim.process.kill()
+            victim.process.wait(30)
+
+    def end(self) -> None:
+        for member in self.members:
+            member.process.kill()
+            member.process.wait(30)
 
 
 def test_take_overs(kafka: kf.LocalKafka, tmp_path: Path) -> None:
-    dice = random.Random(11)
     topic = kafka.create_topic("orders", 3)
     kafka.create_topic("orders-out", 3)
     feeder = Feeder(kafka, topic)
     feeder.start()
-    edges, struck, began = cycle(EDGES), Counter[str](), time.monotonic()
-    instances = [Instance(tmp_path / f"{name}.duckdb", kafka, topic) for name in FILES]
+    began, group = time.monotonic(), Group(tmp_path, kafka, topic, random.Random(11))
     try:
-        while sum(struck.values()) < STRIKES:
-            until(lambda: any(i.active for i in instances), lambda: f"nobody is active: {instances}")
-            victim = next(i for i in instances if i.active)
-            struck[strike(victim, [i for i in instances if i is not victim], dice)] += 1
-            if victim.process.poll() is not None:
-                edge, at = (next(edges), dice.randrange(1, 4)) if dice.random() < 0.6 else ("", 0)
-                instances[instances.index(victim)] = Instance(victim.file, kafka, topic, edge, at)
+        while sum(group.struck.values()) < STRIKES:
+            group.strike()
         records = feeder.end()
-        for instance in [i for i in instances if i.edge]:
-            instance.process.kill()
-            instance.process.wait(30)
-            instances[instances.index(instance)] = Instance(instance.file, kafka, topic)
-        until(
-            lambda: any(i.active and int(i.said[1]) == records for i in instances),
-            lambda: f"not all of {records} was read: {instances}",
+        group.wait(
+            lambda: any(m.active and int(m.said[1]) == records for m in group.members), "not all was read"
         )
-        for instance in instances:
-            instance.end()
+        for member in group.members:
+            member.process.send_signal(signal.SIGTERM)
+        until(lambda: all(m.process.poll() is not None for m in group.members), lambda: f"{group.members}")
     finally:
         feeder.end()
-        for instance in instances:
-            instance.process.kill()
-            instance.process.wait(30)
+        group.end()
+    struck = group.struck
     print(
         f"{sum(struck.values())} in {time.monotonic() - began:.0f} s over {records:,} records: {dict(struck)}"
     )
