@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+import struct
 
 from benchmarks.data import Sums
 from benchmarks.peers import HERE, WORK, Run, tool
 from benchmarks.verify import latest_of_topic, sums_of_topic
 
 PROJECT = HERE / "streams"
+TOTALS = struct.Struct(">qqd")
 
 
 class KafkaStreams:
@@ -37,10 +38,8 @@ class KafkaStreams:
         if run.job == "land":
             return sums_of_topic(run.brokers, f"{_application(run)}-output")
         totals = latest_of_topic(run.brokers, f"{_application(run)}-totals-changelog").values()
-        found = [json.loads(value) for value in totals]
-        return Sums(
-            sum(t["n"] for t in found), None, sum(t["qty"] for t in found), sum(t["revenue"] for t in found)
-        )
+        n, qty, revenue = (sum(column) for column in zip(*map(TOTALS.unpack, totals), strict=True))
+        return Sums(n, None, qty, revenue)
 
 
 def _application(run: Run) -> str:

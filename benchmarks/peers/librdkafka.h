@@ -10,7 +10,7 @@ typedef struct rd_kafka_topic_s rd_kafka_topic_t;
 typedef struct rd_kafka_queue_s rd_kafka_queue_t;
 typedef struct rd_kafka_topic_partition_list_s rd_kafka_topic_partition_list_t;
 
-enum { RD_KAFKA_CONSUMER = 1, RD_KAFKA_CONF_OK = 0, RD_KAFKA_OFFSET_BEGINNING = -2 };
+enum { RD_KAFKA_CONSUMER = 1, RD_KAFKA_CONF_OK = 0 };
 
 typedef struct rd_kafka_message_s {
         int err;

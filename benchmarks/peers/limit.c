@@ -39,7 +39,7 @@ static void assign(rd_kafka_t *kafka, const char *topic, int partitions) {
         rd_kafka_topic_partition_list_t *list = rd_kafka_topic_partition_list_new(partitions);
         for (int p = 0; p < partitions; p++) {
                 rd_kafka_topic_partition_list_add(list, topic, p);
-                rd_kafka_topic_partition_list_set_offset(list, topic, p, RD_KAFKA_OFFSET_BEGINNING);
+                rd_kafka_topic_partition_list_set_offset(list, topic, p, 0);
         }
         rd_kafka_assign(kafka, list);
 }
@@ -62,7 +62,7 @@ int main(int argc, char **argv) {
         assign(kafka, argv[2], atoi(argv[3]));
         rd_kafka_queue_t *queue = rd_kafka_queue_get_consumer(kafka);
         while (count < wanted) {
-                ssize_t n = rd_kafka_consume_batch_queue(queue, 1000, records, BATCH);
+                ssize_t n = rd_kafka_consume_batch_queue(queue, 100, records, BATCH);
                 for (ssize_t i = 0; i < n; i++) {
                         rd_kafka_message_t *r = records[i];
                         if (!r->err) {

@@ -3,11 +3,13 @@ package kframe;
 import com.fasterxml.jackson.databind.ObjectMapper;
 import java.io.IOException;
 import java.io.UncheckedIOException;
+import java.nio.ByteBuffer;
 import java.util.List;
 import java.util.Map;
 import java.util.Properties;
 import java.util.Set;
 import java.util.stream.Collectors;
+import java.util.stream.IntStream;
 import org.apache.kafka.clients.admin.Admin;
 import org.apache.kafka.clients.admin.NewTopic;
 import org.apache.kafka.clients.admin.OffsetSpec;
@@ -93,7 +95,7 @@ public final class Orders {
             orders.to(output, Produced.with(Serdes.ByteArray(), json(Order.class)));
         } else {
             builder.addStateStore(Stores.keyValueStoreBuilder(
-                            Stores.persistentKeyValueStore(STORE), Serdes.String(), json(Totals.class))
+                            Stores.persistentKeyValueStore(STORE), Serdes.String(), totals())
                     .withCachingEnabled());
             orders.process(Summing::new, STORE);
         }
@@ -135,10 +137,23 @@ public final class Orders {
                 });
     }
 
+    /** 24 bytes: the store serializes a value at every get and put, and JSON would cost more than the sums. */
+    private static Serde<Totals> totals() {
+        return Serdes.serdeFrom(
+                (topic, t) -> t == null
+                        ? null
+                        : ByteBuffer.allocate(24).putLong(t.n()).putLong(t.qty()).putDouble(t.revenue()).array(),
+                (topic, bytes) -> {
+                    if (bytes == null) return null;
+                    ByteBuffer b = ByteBuffer.wrap(bytes);
+                    return new Totals(b.getLong(), b.getLong(), b.getDouble());
+                });
+    }
+
     private static Map<TopicPartition, Long> ends(Admin admin, String topic) throws Exception {
         int partitions =
                 admin.describeTopics(Set.of(topic)).allTopicNames().get().get(topic).partitions().size();
-        Map<TopicPartition, OffsetSpec> latest = java.util.stream.IntStream.range(0, partitions)
+        Map<TopicPartition, OffsetSpec> latest = IntStream.range(0, partitions)
                 .mapToObj(p -> new TopicPartition(topic, p))
                 .collect(Collectors.toMap(tp -> tp, tp -> OffsetSpec.latest()));
         return admin.listOffsets(latest).all().get().entrySet().stream()
