@@ -10,7 +10,7 @@ def consuming() -> None:
     print("consuming", flush=True)
 
 
-def done() -> None:
+def done(*said: object) -> None:
     """Say that everything is committed, and stay to be measured until the input is closed."""
-    print("done", flush=True)
+    print("done", *said, flush=True)
     sys.stdin.read()

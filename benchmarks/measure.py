@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,16 @@ class Measured:
     said: str
 
 
-def measure(command: Sequence[str], folder: Path, *, timeout_s: float = 3600) -> Measured:
+def measure(
+    command: Sequence[str],
+    folder: Path,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+    timeout_s: float = 3600,
+) -> Measured:
     """Run a program to its ``done``. Its processes are gone afterwards, in every case.
+
+    `meanwhile` is called once the program has said that it is consuming.
 
     Raises
     ------
@@ -62,6 +70,8 @@ def measure(command: Sequence[str], folder: Path, *, timeout_s: float = 3600) ->
         alarm.start()
         try:
             consuming = _wait_for("consuming", program, log)[0]
+            if meanwhile is not None:
+                meanwhile()
             ended, said = _wait_for("done", program, log)
             cpu_s, memory_mb = _usage(program.pid)
         finally:

@@ -53,7 +53,7 @@ def run(
     kafka: kf.LocalKafka, records: int, peers: Sequence[Peer] = PEERS, scratch: Path = WORK
 ) -> Iterator[dict[str, object]]:
     """Measure and check every job of every peer; a row as soon as it is known."""
-    topic = _topic(kafka, records)
+    topic = orders_topic(kafka, records)
     for peer in peers:
         try:
             version = peer.set_up()
@@ -97,7 +97,7 @@ def _new(admin: AdminClient, before: set[str]) -> list[str]:
     return [t for t in admin.list_topics().topics if t not in before and not t.startswith("__")]
 
 
-def _topic(kafka: kf.LocalKafka, records: int) -> str:
+def orders_topic(kafka: kf.LocalKafka, records: int) -> str:
     """The topic with so many orders; written once, and found again by later runs on the same broker."""
     topic = f"orders_{records}"
     if topic not in AdminClient({"bootstrap.servers": kafka.brokers}).list_topics().topics:
