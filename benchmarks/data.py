@@ -23,7 +23,7 @@ SCHEMA = {
 
 
 class Sums(NamedTuple):
-    """What a result adds up to; `orders` counts distinct order ids, None where a result no longer has them."""
+    """What a result adds up to; `orders` counts distinct order ids, None where they are not kept."""
 
     records: int
     orders: int | None

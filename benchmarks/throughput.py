@@ -59,7 +59,9 @@ def run(
             version = peer.set_up()
         except NotInstalled as error:
             for job in peer.jobs:
-                yield asdict(Row(peer.name, "", peer.guarantee, peer.settings, job, f"not installed: {error}"))
+                yield asdict(
+                    Row(peer.name, "", peer.guarantee, peer.settings, job, f"not installed: {error}")
+                )
             continue
         for job in peer.jobs:
             row = Row(peer.name, version, peer.guarantee, peer.settings, job)

@@ -28,7 +28,9 @@ class Limit:
             raise NotInstalled("this confluent-kafka package brings no librdkafka of its own")
         WORK.mkdir(exist_ok=True)
         source, library = HERE / "limit.c", found[0]
-        tool(["cc", "-O2", "-o", str(self._program), str(source), str(library), f"-Wl,-rpath,{library.parent}"])
+        tool(
+            ["cc", "-O2", "-o", str(self._program), str(source), str(library), f"-Wl,-rpath,{library.parent}"]
+        )
         return str(ck.libversion()[0])
 
     def command(self, run: Run) -> list[str]:
