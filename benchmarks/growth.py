@@ -19,7 +19,7 @@ import confluent_kafka as ck
 import duckdb
 import numpy as np
 import pandas as pd
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 import kframe as kf
 from benchmarks import marks
@@ -27,7 +27,7 @@ from benchmarks.data import put
 from benchmarks.measure import measure
 from benchmarks.peers import WORK, Run, program, run_of
 
-BATCH_ROWS = 10_000
+BATCH_ROWS = 10_240  # two of the chunks in which records are fetched
 STAGES = ("fetch_ms", "decode_ms", "steps_ms", "write_ms")
 SCHEMA = {"k": "str", "v": "int64"}
 
@@ -60,7 +60,7 @@ def cases() -> list[Case]:
 
 
 def _keys() -> Iterator[Case]:
-    """Batches of 10,000 random keys, into ever more keys."""
+    """Batches of 10,240 random keys, into ever more keys."""
     more = "INSERT INTO {table} SELECT t.* REPLACE (format('user-{{:09d}}', i) AS k) FROM {table} AS t, "
     for step, table in (("upsert", "result"), ("aggregate", "_state.result")):
         for keys in (10_000, 100_000, 1_000_000, 10_000_000):
@@ -69,7 +69,7 @@ def _keys() -> Iterator[Case]:
 
 
 def _partitions() -> Iterator[Case]:
-    """300,000 records over ever more partitions."""
+    """307,200 records over ever more partitions."""
     for partitions in (1, 10, 100, 1000):
         yield Case(
             "partitions", "land", partitions, lambda: _keyed(1000, 30 * BATCH_ROWS), partitions=partitions
@@ -122,11 +122,19 @@ def run(kafka: kf.LocalKafka, chosen: Iterable[Case] | None = None) -> Iterator[
     admin = AdminClient({"bootstrap.servers": kafka.brokers})
     for case in cases() if chosen is None else chosen:
         topic = kafka.create_topic(f"growth_{time.time_ns()}", case.partitions)
+        _wait_for_leaders(admin, topic, case.partitions)
         try:
             with tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as folder:
                 yield _measured(case, kafka.brokers, topic, Path(folder))
         finally:
             admin.delete_topics([topic])[topic].result()
+
+
+def _wait_for_leaders(admin: AdminClient, topic: str, partitions: int) -> None:
+    """A new topic of many partitions is there before each of them answers."""
+    asked = {ck.TopicPartition(topic, p): OffsetSpec.latest() for p in range(partitions)}
+    while any(future.exception() for future in admin.list_offsets(asked).values()):
+        time.sleep(0.1)
 
 
 def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, object]:
