@@ -28,6 +28,8 @@ from benchmarks.measure import measure
 from benchmarks.peers import WORK, Run, program, run_of
 
 BATCH_ROWS = 10_240  # two of the chunks in which records are fetched
+RUN_ROWS = 300  # consecutive records of one partition, so that the producer's batches are of a usual size
+TIMEOUT_S = 300
 STAGES = ("fetch_ms", "decode_ms", "steps_ms", "write_ms")
 SCHEMA = {"k": "str", "v": "int64"}
 
@@ -133,7 +135,10 @@ def run(kafka: kf.LocalKafka, chosen: Iterable[Case] | None = None) -> Iterator[
 def _wait_for_leaders(admin: AdminClient, topic: str, partitions: int) -> None:
     """A new topic of many partitions is there before each of them answers."""
     asked = {ck.TopicPartition(topic, p): OffsetSpec.latest() for p in range(partitions)}
+    deadline = time.monotonic() + TIMEOUT_S
     while any(future.exception() for future in admin.list_offsets(asked).values()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{topic}: not every partition has a leader after {TIMEOUT_S} s")
         time.sleep(0.1)
 
 
@@ -152,9 +157,9 @@ def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, o
             con.execute(case.fill)
     records = 0
     for records, value in enumerate(values, 1):
-        put(producer, topic, value, records % case.partitions)
+        put(producer, topic, value, records // RUN_ROWS % case.partitions)
     producer.flush()
-    got = measure(program("benchmarks.growth", job, *columns), folder)
+    got = measure(program("benchmarks.growth", job, *columns), folder, timeout_s=TIMEOUT_S)
     figures = json.loads(got.said)
     if figures.pop("rows") != records:
         raise AssertionError(f"{case.axis} {case.size}: not {records} rows")
