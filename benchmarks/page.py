@@ -1,4 +1,4 @@
-"""docs/performance.md: its tables between markers, made from the results' JSON. The plots are `benchmarks.plots`."""
+"""docs/performance.md: its tables, between markers, made from the JSON results; plots are in `benchmarks.plots`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _ratio(value: float, base: float) -> str:
-    return f"{value / base:.2f}" if base else ""
+    return f"{value / base:.2f}" if value and base else ""
 
 
 def _show(value: object) -> str:
