@@ -1,4 +1,4 @@
-"""docs/performance.md: its tables, between markers, made from the JSON results; plots are in `benchmarks.plots`."""
+"""docs/performance.md: its tables, written between markers from the results; `benchmarks.plots` draws."""
 
 from __future__ import annotations
 
