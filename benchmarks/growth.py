@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import confluent_kafka as ck
@@ -67,27 +68,27 @@ def _keys() -> Iterator[Case]:
     for step, table in (("upsert", "result"), ("aggregate", "_state.result")):
         for keys in (10_000, 100_000, 1_000_000, 10_000_000):
             fill = more.format(table=table) + f"range(1, {keys}) AS r(i) ORDER BY hash(i)"
-            yield Case("keys", step, keys, lambda keys=keys: _keyed(keys, 30 * BATCH_ROWS), fill)
+            yield Case("keys", step, keys, partial(_keyed, keys, 30 * BATCH_ROWS), fill)
 
 
 def _partitions() -> Iterator[Case]:
     """307,200 records over ever more partitions."""
     for partitions in (1, 10, 100, 1000):
         yield Case(
-            "partitions", "land", partitions, lambda: _keyed(1000, 30 * BATCH_ROWS), partitions=partitions
+            "partitions", "land", partitions, partial(_keyed, 1000, 30 * BATCH_ROWS), partitions=partitions
         )
 
 
 def _columns() -> Iterator[Case]:
     """4,000,000 integers, in ever wider records."""
     for columns in (2, 20, 200):
-        yield Case("columns", "land", columns, lambda columns=columns: _wide(columns, 4_000_000 // columns))
+        yield Case("columns", "land", columns, partial(_wide, columns, 4_000_000 // columns))
 
 
 def _record_sizes() -> Iterator[Case]:
     """1 GB, in ever larger records: memory must not follow."""
     for size in (1_000, 30_000, 1_000_000):
-        yield Case("record bytes", "land", size, lambda size=size: _large(size, 1_000_000_000 // size))
+        yield Case("record bytes", "land", size, partial(_large, size, 1_000_000_000 // size))
 
 
 def _history() -> Iterator[Case]:
@@ -98,7 +99,7 @@ def _history() -> Iterator[Case]:
             f"FROM _kframe.batches AS b, range(1, {batches}) AS r(i); "
             f"UPDATE _kframe.pipelines SET next_batch_id = {batches}"
         )
-        yield Case("batches in the ledger", "land", batches, lambda: _keyed(1000, 30 * BATCH_ROWS), fill)
+        yield Case("batches in the ledger", "land", batches, partial(_keyed, 1000, 30 * BATCH_ROWS), fill)
 
 
 def _keyed(keys: int, records: int) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import confluent_kafka as ck
@@ -44,7 +45,7 @@ def run(kafka: kf.LocalKafka) -> Iterator[dict[str, object]]:
             got = measure(
                 program("benchmarks.latency", job, str(interval_ms)),
                 job.folder,
-                meanwhile=lambda topic=topic: produce(kafka.brokers, topic),
+                meanwhile=partial(produce, kafka.brokers, topic),
             )
         figures = json.loads(got.said)
         yield {"system": system, "commit_interval_ms": interval_ms, "rate": RATE, **figures}

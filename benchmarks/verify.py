@@ -74,4 +74,5 @@ def _sums(con: duckdb.DuckDBPyConnection, job: str, source: str) -> Sums:
     query = LANDED if job == "land" else TOTALS
     row = con.execute(query.format(source=source)).fetchone()
     assert row is not None
-    return Sums(*(None if value is None else float(value) for value in row))
+    records, orders, qty, revenue = row
+    return Sums(int(records), orders, int(qty), float(revenue))

@@ -22,7 +22,7 @@ BATCH_ROWS, BATCH_S = 100_000, 1.0
 class ByHand:
     """The script, with the client's defaults or with the one setting that matters most."""
 
-    jobs = ("land", "aggregate")
+    jobs: tuple[str, ...] = ("land", "aggregate")
     guarantee = "exactly once"
 
     def __init__(self, *, tuned: bool) -> None:

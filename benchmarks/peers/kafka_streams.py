@@ -17,7 +17,7 @@ class KafkaStreams:
     """Two threads for the two cores; a heap of 1 GB."""
 
     name = "Kafka Streams"
-    jobs = ("land", "aggregate")
+    jobs: tuple[str, ...] = ("land", "aggregate")
     guarantee = "exactly once, in Kafka"
     settings = "exactly_once_v2, commit.interval.ms=1000, 2 threads, -Xmx1g, max.poll.records=5000"
 

@@ -14,7 +14,7 @@ class Limit:
     """Reads every record and does nothing with it, or copies its value."""
 
     name = "librdkafka in C"
-    jobs = ("read", "copy")
+    jobs: tuple[str, ...] = ("read", "copy")
     guarantee = "-"
     settings = "fetch.queue.backoff.ms=5, queued.min.messages=300000"
 

@@ -19,7 +19,7 @@ class Quix:
     """Its own consumer with the setting that matters most."""
 
     name = "Quix Streams"
-    jobs = ("land", "aggregate")
+    jobs: tuple[str, ...] = ("land", "aggregate")
     guarantee = "exactly once, in Kafka"
     settings = "exactly-once, commit_interval=1.0, fetch.queue.backoff.ms=5, lz4"
 

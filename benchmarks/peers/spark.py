@@ -21,7 +21,7 @@ class Spark:
     """Both cores, whole micro-batches: its own columns throughout, no Python function."""
 
     name = "Spark Structured Streaming"
-    jobs = ("land", "aggregate")
+    jobs: tuple[str, ...] = ("land", "aggregate")
     guarantee = "exactly once"
     settings = f"local[2], availableNow, {OFFSETS_PER_BATCH:,} records a micro-batch, 2 shuffle partitions"
 

@@ -20,7 +20,7 @@ class Kframe:
     """Every default as it is."""
 
     name = "kframe"
-    jobs = ("land", "aggregate", "pandas")
+    jobs: tuple[str, ...] = ("land", "aggregate", "pandas")
     guarantee = "exactly once"
     settings = "defaults"
 
