@@ -125,7 +125,7 @@ def run(kafka: kf.LocalKafka, chosen: Iterable[Case] | None = None) -> Iterator[
     admin = AdminClient({"bootstrap.servers": kafka.brokers})
     for case in cases() if chosen is None else chosen:
         topic = kafka.create_topic(f"growth_{time.time_ns()}", case.partitions)
-        _wait_for_leaders(admin, topic, case.partitions)
+        _wait_for_leaders(kafka, topic, case.partitions)
         try:
             with tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as folder:
                 yield _measured(case, kafka.brokers, topic, Path(folder))
@@ -133,14 +133,17 @@ def run(kafka: kf.LocalKafka, chosen: Iterable[Case] | None = None) -> Iterator[
             admin.delete_topics([topic])[topic].result()
 
 
-def _wait_for_leaders(admin: AdminClient, topic: str, partitions: int) -> None:
+def _wait_for_leaders(kafka: kf.LocalKafka, topic: str, partitions: int) -> None:
     """A new topic of many partitions is there before each of them answers."""
     asked = {ck.TopicPartition(topic, p): OffsetSpec.latest() for p in range(partitions)}
     deadline = time.monotonic() + TIMEOUT_S
-    while any(future.exception() for future in admin.list_offsets(asked).values()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{topic}: not every partition has a leader after {TIMEOUT_S} s")
+    while time.monotonic() < deadline:
+        admin = AdminClient({"bootstrap.servers": kafka.brokers})  # an older client may go by older leaders
+        answers = admin.list_offsets(asked, request_timeout=5)
+        if not any([future.exception() for future in answers.values()]):  # noqa: C419 - waits for every one
+            return
         time.sleep(0.1)
+    raise TimeoutError(f"{topic}: not every partition has a leader after {TIMEOUT_S} s")
 
 
 def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, object]:
