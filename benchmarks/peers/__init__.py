@@ -46,7 +46,7 @@ class Peer(Protocol):
     ----------
     name : str
     jobs : tuple of str
-        Of `benchmarks.throughput.JOBS`.
+        Of ``read``, ``copy``, ``land``, ``aggregate`` and ``pandas``; docs/performance.md says what each is.
     guarantee : str
         What it promises when it crashes, with these settings.
     settings : str

@@ -52,7 +52,7 @@ class Pretender:
 def test_kframe_and_the_script_give_the_expected_sums(kafka: kf.LocalKafka, tmp_path: Path) -> None:
     """Kills: a pandas step that drops a row of each batch, a script that leaves out its last batch."""
     peers: list[Peer] = [Kframe(), ByHand(tuned=True)]
-    rows = list(run(kafka, RECORDS, peers, tmp_path))
+    rows = list(run(kafka, RECORDS, peers, scratch=tmp_path, rounds=1))
     jobs = [("kframe", job) for job in Kframe.jobs] + [("by hand, tuned client", job) for job in ByHand.jobs]
     assert [(row["peer"], row["job"]) for row in rows] == jobs
     for row in rows:
@@ -69,7 +69,7 @@ def test_a_wrong_result_has_no_figures_and_an_absent_peer_is_named(
     """Kills: rates without a check, a peer that cannot be installed left out."""
     right = expected(RECORDS)
     peers = [Pretender(right), Pretender(right._replace(qty=right.qty + 1)), Pretender(right, "no compiler")]
-    good, wrong, absent = run(kafka, RECORDS, peers, tmp_path)
+    good, wrong, absent = run(kafka, RECORDS, peers, scratch=tmp_path, rounds=1)
     assert good["problem"] == ""
     assert (wrong["rate"], str(wrong["problem"])[:12]) == (0, "wrong result")
     assert absent["problem"] == "not installed: no compiler"
