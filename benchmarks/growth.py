@@ -59,7 +59,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every case, small ones first."""
-    return [*_keys(), *_partitions(), *_columns(), *_record_sizes(), *_history()]
+    return [*_keys(), *_partitions(), *_columns(), *_record_sizes(), *_volume(), *_history()]
 
 
 def _keys() -> Iterator[Case]:
@@ -88,7 +88,13 @@ def _columns() -> Iterator[Case]:
 def _record_sizes() -> Iterator[Case]:
     """1 GB, in ever larger records: memory must not follow."""
     for size in (1_000, 30_000, 1_000_000):
-        yield Case("record bytes", "land", size, partial(_large, size, 1_000_000_000 // size))
+        yield Case("bytes a record", "land", size, partial(_large, size, 1_000_000_000 // size))
+
+
+def _volume() -> Iterator[Case]:
+    """Ever more records of 1 kB: nor must memory follow these."""
+    for records in (250_000, 1_000_000, 4_000_000):
+        yield Case("records of 1 kB", "land", records, partial(_large, 1_000, records))
 
 
 def _history() -> Iterator[Case]:
@@ -114,9 +120,9 @@ def _wide(columns: int, records: int) -> Iterator[bytes]:
 
 
 def _large(size: int, records: int) -> Iterator[bytes]:
-    noise = np.random.default_rng(1).integers(97, 123, 2 * size, np.uint8).tobytes()
+    noise = np.random.default_rng(1).integers(97, 123, 16_000_000, np.uint8).tobytes()
     for i in range(records + 1):
-        at = i * 7919 % size
+        at = i * 7919 % (len(noise) - size)
         yield b'{"k":"%s","v":%d}' % (noise[at : at + size - 20], i)
 
 
@@ -147,7 +153,14 @@ def _wait_for_leaders(kafka: kf.LocalKafka, topic: str, partitions: int) -> None
 
 
 def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, object]:
-    producer = ck.Producer({"bootstrap.servers": brokers, "linger.ms": 20, "compression.type": "lz4"})
+    producer = ck.Producer(
+        {
+            "bootstrap.servers": brokers,
+            "linger.ms": 20,
+            "compression.type": "lz4",
+            "message.max.bytes": 1_048_588,  # as much as the broker takes
+        }
+    )
     values = iter(case.values())
     first = next(values)
     put(producer, topic, first, 0)
