@@ -134,7 +134,9 @@ def run(kafka: kf.LocalKafka, chosen: Iterable[Case] | None = None) -> Iterator[
         _wait_for_leaders(kafka, topic, case.partitions)
         try:
             with tempfile.TemporaryDirectory(prefix="run-", dir=WORK) as folder:
-                yield _measured(case, kafka.brokers, topic, Path(folder))
+                yield _place(case) | _measured(case, kafka.brokers, topic, Path(folder))
+        except Exception as error:  # the case's row tells it; the others are measured all the same
+            yield {**_place(case), "problem": f"{type(error).__name__}: {error}"}
         finally:
             admin.delete_topics([topic])[topic].result()
 
@@ -150,6 +152,10 @@ def _wait_for_leaders(kafka: kf.LocalKafka, topic: str, partitions: int) -> None
             return
         time.sleep(0.1)
     raise TimeoutError(f"{topic}: not every partition has a leader after {TIMEOUT_S} s")
+
+
+def _place(case: Case) -> dict[str, object]:
+    return {"axis": case.axis, "step": case.step, "size": case.size}
 
 
 def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, object]:
@@ -179,11 +185,9 @@ def _measured(case: Case, brokers: str, topic: str, folder: Path) -> dict[str, o
     got = measure(program("benchmarks.growth", job, *columns), folder, timeout_s=TIMEOUT_S)
     figures = json.loads(got.said)
     if figures.pop("rows") != records:
-        raise AssertionError(f"{case.axis} {case.size}: not {records} rows")
+        raise AssertionError(f"not {records} rows were committed")
     return {
-        "axis": case.axis,
-        "step": case.step,
-        "size": case.size,
+        "problem": "",
         "records": records,
         "rate": round(records / figures["seconds"]),
         **figures,

@@ -78,10 +78,13 @@ def _growth_table(rows: Sequence[Row]) -> str:
         "peak MB", "file MB",
     )  # fmt: skip
     columns = (
-        "axis", "step", "size", "rate", "batch_ms", "slowest_batch_ms", "resume_ms", "first_batch_ms",
-        "memory_mb", "file_mb",
+        "rate", "batch_ms", "slowest_batch_ms", "resume_ms", "first_batch_ms", "memory_mb", "file_mb"
     )  # fmt: skip
-    return _table(head, [[_show(row[c]) for c in columns] for row in rows])
+    lines = []
+    for row in rows:
+        figures = [row["problem"]] if row["problem"] else [_show(row[c]) for c in columns]
+        lines.append([row["axis"], row["step"], _show(row["size"]), *figures])
+    return _table(head, lines)
 
 
 def _backpressure_table(rows: Sequence[Row]) -> str:

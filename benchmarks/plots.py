@@ -59,6 +59,7 @@ def _latency(rows: Sequence[Row]) -> None:
 
 def _growth(rows: Sequence[Row]) -> None:
     """A batch's milliseconds, or megabytes of memory for record sizes, against what grows."""
+    rows = [row for row in rows if not row["problem"]]
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure, panels = plt.subplots(2, (len(axes) + 1) // 2, figsize=(9, 6), layout="constrained")
     for panel, axis in zip(panels.flat, axes, strict=False):
