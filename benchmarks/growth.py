@@ -86,13 +86,13 @@ def _columns() -> Iterator[Case]:
 
 
 def _record_sizes() -> Iterator[Case]:
-    """1 GB, in ever larger records: memory must not follow."""
+    """1 GB, in ever larger records: memory should not follow."""
     for size in (1_000, 30_000, 1_000_000):
         yield Case("bytes a record", "land", size, partial(_large, size, 1_000_000_000 // size))
 
 
 def _volume() -> Iterator[Case]:
-    """Ever more records of 1 kB: nor must memory follow these."""
+    """Ever more records of 1 kB: nor should memory follow these."""
     for records in (250_000, 1_000_000, 4_000_000):
         yield Case("records of 1 kB", "land", records, partial(_large, 1_000, records))
 

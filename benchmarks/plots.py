@@ -12,13 +12,14 @@ mpl.rcParams |= {"svg.hashsalt": "kframe", "svg.fonttype": "none"}
 
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 from benchmarks.measure import ROOT  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
 OURS, THEIRS, LIMIT = "#1f6feb", "#9aa4b2", "#d1242f"
 IN_MEMORY = ("bytes a record", "records of 1 kB")
-"""What grows there must leave memory alone; elsewhere time is what is drawn."""
+"""What grows there should leave memory alone; elsewhere time is what is drawn."""
 Row = dict[str, Any]
 
 
@@ -70,6 +71,7 @@ def _growth(rows: Sequence[Row]) -> None:
                 sizes, values = [row["size"] for row in found], [row[column] for row in found]
                 panel.plot(sizes, values, marker="o", color=color, label=step)
         panel.set(xscale="log", xlabel=axis, ylabel=unit)
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend()

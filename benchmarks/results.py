@@ -36,6 +36,6 @@ def machine() -> dict[str, object]:
     return {
         "cores": os.cpu_count(),
         "memory_gib": round(memory),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
