@@ -1,233 +1,117 @@
-"""Records per second from Kafka to committed DuckDB tables: kframe beside a hand-written script.
-
-    python benchmarks/throughput.py [--records 2000000]
-
-Starts a local Kafka, writes JSON records of about 110 bytes (lz4, 4 partitions), then lets every system do
-two jobs from an empty state, each in a process of its own:
-
-T1  land every decoded row
-T2  keep count, sum(qty), sum(qty * price) per sku
-
-A rate counts from process start to exit. Each result is checked against the expected sums. CPU seconds are
-the steadier figure. "read only" is the client alone, tuned as kframe tunes it: what Python could reach.
-"""
+"""Records per second from Kafka to committed results: every peer on the same topic, one after another."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import confluent_kafka as ck
-import duckdb
-import pandas as pd
+from confluent_kafka.admin import AdminClient
 
-SCHEMA = {
-    "order_id": "int64",
-    "sku": "str",
-    "qty": "int64",
-    "price": "float64",
-    "ts": "int64",
-    "region": "str",
-    "user": "str",
-}
-TOPIC, PARTITIONS, SKUS = "orders", 4, 1000
-T2 = "SELECT sku, count(*) AS n, sum(qty) AS qty, sum(qty * price) AS revenue FROM orders GROUP BY sku"
-REGIONS = ("eu", "us", "apac")
+import kframe as kf
+from benchmarks.data import expected, write_orders
+from benchmarks.measure import measure
+from benchmarks.peers import WORK, NotInstalled, Peer, Run
+from benchmarks.peers.by_hand import ByHand
+from benchmarks.peers.kafka_streams import KafkaStreams
+from benchmarks.peers.limit import Limit
+from benchmarks.peers.quix import Quix
+from benchmarks.peers.spark import Spark
+from benchmarks.peers.with_kframe import Kframe
 
-
-def order(i: int) -> tuple[int, float]:
-    """Quantity and price of order `i`: prices are quarters, so that float sums are exact."""
-    return i % 9 + 1, (i % 400) / 4
+PEERS: tuple[Peer, ...] = (
+    Limit(), Kframe(), ByHand(tuned=False), ByHand(tuned=True), KafkaStreams(), Spark(), Quix()
+)  # fmt: skip
+ROUNDS, SHORT_S = 3, 20.0
+"""Runs shorter than so many seconds vary most: they are made so many times."""
 
 
-def produce(brokers: str, records: int) -> None:
-    producer = ck.Producer(
-        {
-            "bootstrap.servers": brokers,
-            "compression.type": "lz4",
-            "linger.ms": 50,
-            "batch.num.messages": 20_000,
-            "queue.buffering.max.messages": 500_000,
-        }
+@dataclass(frozen=True)
+class Row:
+    """One peer at one job; `problem` says why there are no figures."""
+
+    peer: str
+    version: str
+    guarantee: str
+    settings: str
+    job: str
+    problem: str = ""
+    seconds: float = 0.0
+    rate: float = 0.0
+    rate_from_start: float = 0.0
+    cpu_s: float = 0.0
+    memory_mb: float = 0.0
+
+
+def run(
+    kafka: kf.LocalKafka,
+    records: int,
+    peers: Sequence[Peer] = PEERS,
+    *,
+    scratch: Path = WORK,
+    rounds: int = ROUNDS,
+) -> Iterator[dict[str, object]]:
+    """Measure and check every job of every peer; a row as soon as it is known."""
+    topic = orders_topic(kafka, records)
+    for peer in peers:
+        version, problem = "", ""
+        try:
+            version = peer.set_up()
+        except NotInstalled as error:
+            problem = f"not installed: {error}"
+        for job in peer.jobs:
+            row = Row(peer.name, version, peer.guarantee, peer.settings, job, problem)
+            once = partial(_once, row, peer, kafka, topic, records, scratch)
+            yield asdict(row if problem else _median(once, rounds))
+
+
+def _median(once: Callable[[], Row], rounds: int) -> Row:
+    """The middle one of several runs, if they are short; or the first that has a problem."""
+    found = [once()]
+    while len(found) < rounds and not found[-1].problem and found[0].seconds < SHORT_S:
+        found.append(once())
+    return found[-1] if found[-1].problem else sorted(found, key=lambda row: row.rate)[len(found) // 2]
+
+
+def _once(row: Row, peer: Peer, kafka: kf.LocalKafka, topic: str, records: int, scratch: Path) -> Row:
+    """`row` with the figures of one run. What the peer has written is checked, then removed."""
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    before = set(admin.list_topics().topics)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=scratch))
+    job = Run(row.job, kafka.brokers, topic, records, folder)
+    try:
+        got = measure(peer.command(job), folder)
+        found, wanted = peer.sums(job, got.said), expected(records)
+    except Exception as error:  # the peer's row tells it; the other peers are measured all the same
+        return replace(row, problem=f"{type(error).__name__}: {error}")
+    finally:
+        shutil.rmtree(folder)
+        _remove_topics(admin, before)
+    if found != wanted._replace(orders=wanted.orders if found.orders is not None else None):
+        return replace(row, problem=f"wrong result: {found} instead of {wanted}")
+    return replace(
+        row,
+        seconds=round(got.consume_s, 3),
+        rate=round(records / got.consume_s),
+        rate_from_start=round(records / got.total_s),
+        cpu_s=round(got.cpu_s, 2),
+        memory_mb=round(got.memory_mb),
     )
-    for i in range(records):
-        qty, price = order(i)
-        value = (
-            f'{{"order_id":{i},"sku":"sku-{i % SKUS:04d}","qty":{qty},"price":{price},'
-            f'"ts":{1_700_000_000_000 + i},"region":"{REGIONS[i % 3]}","user":"user-{i % 9973:05d}"}}'
-        )
-        while True:
-            try:
-                producer.produce(TOPIC, value=value, partition=i // 1000 % PARTITIONS)
-                break
-            except BufferError:
-                producer.poll(0.05)
-        if i % 10_000 == 0:
-            producer.poll(0)
-    producer.flush()
 
 
-def consumer(brokers: str) -> tuple[Any, dict[int, int]]:
-    """A consumer on all partitions from the start, with the one setting that matters most; and the ends."""
-    reader = ck.Consumer(
-        {
-            "bootstrap.servers": brokers,
-            "group.id": "benchmark",
-            "enable.auto.commit": False,
-            "isolation.level": "read_committed",
-            "fetch.queue.backoff.ms": 5,
-            "queued.min.messages": 300_000,
-        }
-    )
-    reader.assign([ck.TopicPartition(TOPIC, p, 0) for p in range(PARTITIONS)])
-    ends = {p: reader.get_watermark_offsets(ck.TopicPartition(TOPIC, p))[1] for p in range(PARTITIONS)}
-    return reader, ends
+def _remove_topics(admin: AdminClient, keep: set[str]) -> None:
+    """Delete what a peer has made, apart from Kafka's own topics."""
+    made = [t for t in admin.list_topics().topics if t not in keep and not t.startswith("__")]
+    for future in admin.delete_topics(made).values() if made else ():
+        future.result()
 
 
-def read_only(brokers: str, _path: str, _job: str) -> None:
-    reader, ends = consumer(brokers)
-    left = sum(ends.values())
-    while left:
-        left -= len([m.value() for m in reader.consume(500, 1.0)])
-
-
-def by_hand(brokers: str, path: str, job: str) -> None:
-    """What a careful person writes: json, pandas, and positions in the same transaction."""
-    con = duckdb.connect(path)
-    con.execute("CREATE TABLE positions (p INTEGER PRIMARY KEY, position BIGINT)")
-    con.execute(
-        "CREATE TABLE orders (order_id BIGINT, sku VARCHAR, qty BIGINT, price DOUBLE, ts BIGINT, "
-        'region VARCHAR, "user" VARCHAR)'
-        if job == "T1"
-        else "CREATE TABLE totals (sku VARCHAR PRIMARY KEY, n BIGINT, qty BIGINT, revenue DOUBLE)"
-    )
-    reader, ends = consumer(brokers)
-    left = sum(ends.values())
-    while left:
-        records = reader.consume(100_000, 0.5)
-        if not records:
-            continue
-        frame = pd.DataFrame([json.loads(m.value()) for m in records])
-        positions = {m.partition(): m.offset() + 1 for m in records}
-        con.execute("BEGIN")
-        if job == "T1":
-            con.execute("INSERT INTO orders BY NAME SELECT * FROM frame")
-        else:
-            frame["revenue"] = frame.qty * frame.price
-            sums = frame.groupby("sku").agg(n=("sku", "size"), qty=("qty", "sum"), revenue=("revenue", "sum"))
-            sums = sums.reset_index()
-            con.execute(
-                "INSERT INTO totals SELECT * FROM sums ON CONFLICT (sku) "
-                "DO UPDATE SET n = totals.n + excluded.n, qty = totals.qty + excluded.qty, "
-                "revenue = totals.revenue + excluded.revenue"
-            )
-        for p, position in positions.items():
-            con.execute("INSERT OR REPLACE INTO positions VALUES (?, ?)", [p, position])
-        con.execute("COMMIT")
-        left -= len(records)
-    con.close()
-
-
-def with_kframe(brokers: str, path: str, job: str) -> None:
-    import kframe as kf
-
-    with kf.Pipeline(path, brokers=brokers) as shop:
-        shop.topic("orders", schema=SCHEMA)
-        if job == "T1":
-            shop.land("orders")
-        elif job == "T2":
-            shop.sql_table("totals", T2)
-        else:
-            pandas_step(shop)
-        shop.run(progress=False)
-
-
-def pandas_step(shop: Any) -> None:
-    """T2 by a pandas function that returns each batch's sums; the reader adds them up."""
-
-    @shop.table("totals")
-    def totals(orders: pd.DataFrame) -> pd.DataFrame:
-        orders["revenue"] = orders.qty * orders.price
-        grouped = orders.groupby("sku")
-        return grouped.agg(n=("sku", "size"), qty=("qty", "sum"), revenue=("revenue", "sum"))
-
-
-SYSTEMS = {"kframe": with_kframe, "by hand": by_hand, "read only": read_only}
-
-
-def check(path: str, job: str, records: int) -> None:
-    """The sums in the tables must be those of the records."""
-    con = duckdb.connect(path, read_only=True)
-    query = (
-        "SELECT count(*), sum(qty), sum(qty * price), count(DISTINCT order_id) FROM orders"
-        if job == "T1"
-        else f"SELECT sum(n), sum(qty), sum(revenue), {records} FROM totals"
-    )
-    got = con.execute(query).fetchall()[0]
-    want = (
-        records,
-        sum(order(i)[0] for i in range(records)),
-        sum(order(i)[0] * order(i)[1] for i in range(records)),
-        records,
-    )
-    assert tuple(map(float, got)) == tuple(map(float, want)), f"{path}: {got} instead of {want}"
-
-
-def measure(system: str, job: str, brokers: str, records: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "bench.duckdb")
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        began = time.perf_counter()
-        command = [sys.executable, __file__, "--child", system, job, brokers, path]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        wall = time.perf_counter() - began
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if system != "read only":
-            check(path, job, records)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"rate": records / wall, "cpu": cpu, "mb": float(done.stdout.split()[-1])}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--records", type=int, default=2_000_000)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        system, job, brokers, path = args.child
-        SYSTEMS[system](brokers, path, job)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        return
-    import kframe as kf
-
-    with kf.local_kafka() as kafka:
-        kafka.create_topic(TOPIC, PARTITIONS)
-        print(f"writing {args.records:,} records ...", flush=True)
-        produce(kafka.brokers, args.records)
-        print(f"{'':22}{'records/s':>12}{'CPU s':>8}{'RSS MB':>8}{'x by hand':>11}")
-        for job in ("T1", "T2", "T2 in pandas"):
-            hand: float | None = None
-            for system in ("by hand", "kframe", "read only"):
-                if job == "T2 in pandas" and system != "kframe":
-                    continue
-                got = measure(system, job, kafka.brokers, args.records)
-                hand = got["rate"] if system == "by hand" else hand
-                ratio = f"{got['rate'] / hand:.1f}" if hand else ""
-                name = f"{job:13} {system}"
-                print(
-                    f"{name:24}{got['rate']:>10,.0f}{got['cpu']:>8.1f}{got['mb']:>8.0f}{ratio:>11}",
-                    flush=True,
-                )
-
-
-if __name__ == "__main__":
-    main()
+def orders_topic(kafka: kf.LocalKafka, records: int) -> str:
+    """The topic with so many orders; written once, and found again by later runs on the same broker."""
+    topic = f"orders_{records}"
+    if topic not in AdminClient({"bootstrap.servers": kafka.brokers}).list_topics().topics:
+        write_orders(kafka, topic, records)
+    return topic
