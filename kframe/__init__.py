@@ -3,13 +3,16 @@
 The layout, top to bottom; imports point down only::
 
     cli, demo                       commands
+    magics                          %kframe
     pipeline                        what users touch
     run, rebuild, reading, status   one run; a table anew; queries; what a run tells
+    notebook, meter                 pages, live panels and results; rates
     standalone                      topics without a pipeline
     definition, config              what a pipeline is made of; its options
     engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
     source  batch  transform  commit  sinks  executors      the protocol's stages; siblings don't meet
     schema, model, errors, timings  values
+    markup                          pieces of HTML
 
 `kframe.testing` and `kframe.broker` stand beside: a log in memory and faults for users' own tests, and a
 real Apache Kafka on loopback.
@@ -18,6 +21,7 @@ real Apache Kafka on loopback.
 from kframe import errors
 from kframe.broker import LocalKafka, local_kafka
 from kframe.model import RunReport
+from kframe.notebook.live import LiveView, report
 from kframe.pipeline import Pipeline
 from kframe.reading import Result
 from kframe.schema import Schema
@@ -25,6 +29,7 @@ from kframe.standalone import peek, read, write
 from kframe.status import Status
 
 __all__ = [
+    "LiveView",
     "LocalKafka",
     "Pipeline",
     "Result",
@@ -35,5 +40,13 @@ __all__ = [
     "local_kafka",
     "peek",
     "read",
+    "report",
     "write",
 ]
+
+
+def load_ipython_extension(shell: object) -> None:
+    """``%load_ext kframe``: the magics ``%kframe`` and ``%%kframe``."""
+    from kframe.magics import KframeMagics  # needs IPython
+
+    shell.register_magics(KframeMagics)  # type: ignore[attr-defined]

@@ -72,11 +72,14 @@ class StepError(AbortBatch):
         The records it ran over.
     frames : dict of str to DataFrame
         What the function was called with, by parameter.
+    where : tuple of (file, line, source) or None
+        The line of the user's code that raised, or led there.
     """
 
     step: str = ""
     ranges: tuple[Any, ...] = ()
     frames: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    where: tuple[str, int, str] | None = None
 
 
 class SchemaError(AbortBatch):

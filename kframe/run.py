@@ -28,6 +28,7 @@ from kframe.errors import (
     is_interrupt,
 )
 from kframe.executors.local import Executor, LocalExecutor
+from kframe.meter import Meter
 from kframe.model import BatchReport, Fetched, Position, RunReport, TopicPartition
 from kframe.schema import Schema
 from kframe.source.bounded import read_bounded
@@ -79,6 +80,7 @@ class Run:
         self.trouble: str | None = None
         self.engine: Engine | None = None
         self.last: BatchReport | None = None
+        self.meter = Meter()
         self.ended = threading.Event()
         self.started_at = time.monotonic()
         self._definition = definition
@@ -87,7 +89,7 @@ class Run:
         self._ledger = ledger
         self._source = source
         self._executor = executor or LocalExecutor()
-        self._until_end = until_end
+        self.bounded = until_end
         self._progress = progress
         self._at_edge = at_edge
         self._stop = threading.Event()
@@ -165,8 +167,17 @@ class Run:
             engine.rows if engine else 0,
             engine.dead_letters if engine else 0,
             time.monotonic() - self.started_at,
-            {tp: p.offset for tp, p in engine.positions.items()} if engine else {},
+            {tp: p.offset for tp, p in dict(engine.positions).items()} if engine else {},
         )
+
+    def ends(self) -> Mapping[TopicPartition, int]:
+        """Where each partition ends as far as this run knows: at its stop, or at the end last fetched."""
+        return self._source.ends() if self._stops is None else self._stops
+
+    def observe(self) -> None:
+        """Let the meter take a sample, when it is time; asks no broker. From any thread."""
+        if self.engine is not None and not self.ended.is_set():
+            self.meter.note(self.engine.positions, self.ends())
 
     # ---- the loop -----------------------------------------------------------------------------------
 
@@ -178,8 +189,9 @@ class Run:
                     self._hold()
                     continue
                 try:
+                    self.observe()
                     report = engine.run_batch()
-                    if not self._until_end and time.monotonic() >= look_again:
+                    if not self.bounded and time.monotonic() >= look_again:
                         self._add_partitions(engine)
                         look_again = time.monotonic() + _METADATA_S
                 except BrokerUnavailable as error:
@@ -234,7 +246,7 @@ class Run:
             desc=self._definition.pipeline,
             unit=" records",
             unit_scale=True,
-            disable=None if self._progress and self._until_end else True,
+            disable=None if self._progress and self.bounded else True,
         ) as bar:
             yield bar.update
 
@@ -321,7 +333,7 @@ class Run:
 
     def _start_source(self, positions: dict[TopicPartition, Position]) -> dict[TopicPartition, Position]:
         """Start reading at the ledger's positions; what is lost is named, and skipped if asked."""
-        self._stops = self._source.offsets(positions, "latest") if self._until_end else None
+        self._stops = self._source.offsets(positions, "latest") if self.bounded else None
         try:
             self._source.start(positions, self._stops, self._options.limits)
             return positions

@@ -133,6 +133,11 @@ class KafkaSource:
         if self._reader is not None:
             self._reader.acknowledge(positions)
 
+    def ends(self) -> Mapping[TopicPartition, int]:
+        """The read_committed ends that came with the last fetches."""
+        reader = self._reader
+        return reader.ends if reader is not None else {}
+
     def trouble(self) -> str | None:
         """The client's last complaint, until a record arrives again."""
         return self._trouble

@@ -24,6 +24,7 @@ _CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's 
 _CHUNK_SHARE = 8  # a chunk holds at most this part of a batch's bytes
 _POLL_S = 0.05  # how long the client may wait for more records, and a chunk for more of them
 _IDLE_S = 1.0  # without any record, `take` comes back this often
+_ENDS_S = 0.5  # between two looks at the ends that the client has seen
 _LOST = (ck.KafkaError._AUTO_OFFSET_RESET, ck.KafkaError._LOG_TRUNCATION)
 
 
@@ -70,6 +71,9 @@ class Reader:
         self._poll_s = min(_POLL_S, limits.interval_s / 4)
         self._headers = headers
         self._alive = alive
+        self.ends: Mapping[TopicPartition, int] = {}
+        """End offsets as of the last fetches (read_committed), replaced as a whole."""
+        self._ends_due = 0.0
         self._next = {tp: p.offset for tp, p in positions.items()}
         self._taken = dict(self._next)
         self._open = {tp for tp in positions if stops is None or self._next[tp] < stops[tp]}
@@ -151,6 +155,7 @@ class Reader:
         try:
             while self._open and self._has_room():
                 self._commit_group()
+                self._look_at_ends()
                 if not columns.next:
                     columns.since = time.monotonic()
                 wanted = min(_CONSUME_ROWS, self._chunk_rows - columns.rows)
@@ -184,6 +189,18 @@ class Reader:
             offsets = [ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()]
             with contextlib.suppress(ck.KafkaException, RuntimeError):
                 self._consumer.commit(offsets=offsets, asynchronous=True)
+
+    def _look_at_ends(self) -> None:
+        """Note the ends that came with fetched records; the client keeps them, so no broker is asked."""
+        now = time.monotonic()
+        if now < self._ends_due:
+            return
+        self._ends_due = now + _ENDS_S
+        seen = {
+            tp: self._consumer.get_watermark_offsets(ck.TopicPartition(*tp), cached=True)[1]
+            for tp in self._open
+        }
+        self.ends = {**self.ends, **{tp: end for tp, end in seen.items() if end >= 0}}
 
     def _put(self, columns: _Columns) -> None:
         """Queue the columns as a chunk, without what lies at or beyond the stops."""
