@@ -26,6 +26,7 @@ body[data-jp-theme-light="false"] .kf{--kf-bad:#ff7b72}
 --back:var(--jp-layout-color2,var(--kf-back));
 color:var(--ink);border:1px solid var(--edge);border-radius:8px;padding:12px 16px!important;max-width:720px;
 font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);box-sizing:border-box;overflow-wrap:anywhere}
+.kf.kf-wide{max-width:none}
 .kf small,.kf figcaption,.kf summary,.kf .kf-faint{color:var(--faint)}
 .kf .kf-n{font-variant-numeric:tabular-nums}
 .kf .kf-state{border:1px solid var(--edge);background:var(--back);border-radius:99px;
@@ -36,8 +37,12 @@ padding:1px 10px!important}
 .kf table.kf-plain{border-collapse:collapse;border:0;font-size:12px;margin:0}
 .kf table.kf-plain th,.kf table.kf-plain td{text-align:left;padding:2px 12px 2px 0;border:0;background:none;
 max-width:none;vertical-align:middle;color:inherit}
+.kf table.kf-plain tr{background:none!important}
 .kf table.kf-plain th{font-weight:600;color:var(--faint)}
 .kf table.kf-plain .kf-n{text-align:right}
+.kf table.dataframe{border-collapse:collapse;border:0;font-size:12px;margin:4px 0}
+.kf table.dataframe th,.kf table.dataframe td{padding:3px 10px;border:0;text-align:right;color:inherit}
+.kf table.dataframe thead{border-bottom:1px solid var(--edge)}
 .kf .kf-error{border-left:4px solid var(--kf-bad);padding-left:12px!important;margin-top:10px!important}
 .kf pre{background:var(--back);color:var(--ink);padding:8px;border-radius:4px;font-size:12px;line-height:1.4;
 overflow-x:auto;white-space:pre-wrap}
@@ -51,10 +56,11 @@ def text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
-def card(body: str, *, id: str = "", style: bool = True) -> str:
-    """A bordered panel around `body` (HTML)."""
+def card(body: str, *, id: str = "", static: bool = True, wide: bool = False) -> str:
+    """A bordered panel around `body` (HTML); a static one brings `STYLE`, a wide one takes all the room."""
     named = f' id="{text(id)}"' if id else ""
-    return f'{STYLE if style else ""}<div class="kf"{named} style="padding:8px">{body}</div>'
+    kind = "kf kf-wide" if wide else "kf"
+    return f'{STYLE if static else ""}<div class="{kind}"{named} style="padding:8px">{body}</div>'
 
 
 def heading(name: object, note: object = "") -> str:

@@ -76,10 +76,10 @@ class LiveView:
         """The rows as last shown, as of ``attrs["batch_id"]``; None before there were any."""
         return self._result.df() if self._result is not None else None
 
-    def html(self, *, id: str = "", style: bool = True) -> str:
+    def html(self, *, id: str = "", static: bool = True) -> str:
         """The rows or the chart; asked again when something was committed since."""
         self._ask()
-        return card(self.body(), id=id, style=style)
+        return card(self.body(), id=id, static=static)
 
     def body(self) -> str:
         """The content without its frame, as last asked for."""
@@ -135,7 +135,7 @@ class Report:
     def _ipython_display_(self) -> None:
         show(self)
 
-    def html(self, *, id: str = "", style: bool = True) -> str:
+    def html(self, *, id: str = "", static: bool = True) -> str:
         """All views, side by side where there is room."""
         for view in self._views:
             view._ask()
@@ -147,7 +147,7 @@ class Report:
         title = (
             f'<div><strong style="font-size:17px">{text(self._title)}</strong></div>' if self._title else ""
         )
-        return card(title + cells, id=id, style=style)
+        return card(title + cells, id=id, static=static, wide=True)
 
     def moved(self) -> Hashable:
         """Another value when any view's is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from kframe.markup import (
     ARRIVING,
@@ -23,7 +24,7 @@ from kframe.status import Failure, Status
 _SIGNS = {
     "new": ("○", "#8b949e"),
     "running": ("▶\ufe0e", "#1a9c4b"),
-    "paused": ("⏸\ufe0e", ARRIVING),
+    "paused": ("‖", ARRIVING),
     "stopping": ("■", ARRIVING),
     "stopped": ("■", "#8b949e"),
     "failed": ("✖", "#d1383f"),
@@ -31,7 +32,7 @@ _SIGNS = {
 """Each state's sign and colour; its word always stands beside them."""
 
 _STAGES = {
-    "fetch": ("Kafka", "#2f81f7"),
+    "fetch": ("waiting for Kafka", "#2f81f7"),
     "decode": ("decoding", "#7d6fd6"),
     "steps": ("your functions", "#d97706"),
     "write": ("DuckDB", "#1a9c4b"),
@@ -40,15 +41,15 @@ _WORST = 5  # partitions whose lag is shown
 _ENDED = ("stopped", "failed")
 
 
-def page(status: Status, *, id: str = "", style: bool = True) -> str:
+def page(status: Status, *, id: str = "", static: bool = True) -> str:
     """The page. It says "as of" and needs no script, so it can be kept.
 
     Parameters
     ----------
     id : str, optional
         Of the outermost element.
-    style : bool
-        False: `kframe.markup.STYLE` is on the screen already.
+    static : bool
+        False: part of a living display, which has brought `kframe.markup.STYLE` and shows the present.
     """
     parts = [
         _head(status),
@@ -59,8 +60,9 @@ def page(status: Status, *, id: str = "", style: bool = True) -> str:
         _rates(status),
         _stages(status.last),
         _lag(status.lag),
+        _as_of(status) if static else "",
     ]
-    return card("".join(parts), id=id, style=style)
+    return card("".join(parts), id=id, static=static)
 
 
 def _head(status: Status) -> str:
@@ -83,7 +85,7 @@ def _progress(status: Status) -> str:
     return (
         f'<div style="margin:8px 0 0 0"><progress max="100" value="{_percent(done)}" '
         f'aria-label="processed {told}"></progress> <span class="kf-n">{_percent(done)} %</span> '
-        f"<small>{told} processed</small></div>"
+        f"<small>{told}</small></div>"
     )
 
 
@@ -149,42 +151,48 @@ def _stages(last: BatchReport | None) -> str:
     total = sum(spent.values())
     if not total:
         return ""
+    parts = [(100 * ms / total, *_STAGES[stage]) for stage, ms in sorted(spent.items(), key=lambda x: -x[1])]
     strip = "".join(
-        f'<div style="display:inline-block;width:{round(200 * ms / total)}px;height:8px;'
-        f'background-color:{_STAGES[stage][1]}"></div>'
-        for stage, ms in spent.items()
+        f'<div style="display:inline-block;width:{round(1.4 * share)}px;height:8px;'
+        f'background-color:{colour}"></div>'
+        for share, _, colour in parts
     )
-    told = ", ".join(
-        f"{_STAGES[stage][0]} {_percent(ms / total)} %"
-        for stage, ms in sorted(spent.items(), key=lambda item: -item[1])
+    told = "&ensp; ".join(
+        f'<span style="white-space:nowrap"><span style="color:{colour}" aria-hidden="true">■</span> '
+        f'{name} <span class="kf-n">{share:.0f} %</span></span>'
+        for share, name, colour in parts
     )
     return (
-        '<div style="margin:10px 0 0 0">'
-        f'<div aria-hidden="true" style="display:inline-block;margin-right:10px">{strip}</div>'
-        f"<small>time of a batch:</small> {text(told)}</div>"
+        '<div style="margin:10px 0 0 0"><small>time of a batch</small> &ensp;'
+        f'<div aria-hidden="true" style="display:inline-block;margin-right:10px">{strip}</div>{told}</div>'
     )
 
 
 def _lag(lag: Mapping[TopicPartition, int]) -> str:
     """The partitions that lag most, as bars beside their numbers, and how many more there are."""
-    behind = sorted(((n, tp) for tp, n in lag.items() if n), key=lambda item: (-item[0], item[1]))
-    if not behind:
+    worst = sorted(((n, tp) for tp, n in lag.items()), key=lambda item: (-item[0], item[1]))
+    if not worst:
         return ""
-    most = behind[0][0]
+    most = worst[0][0] or 1
     rows = "".join(
         f'<tr><th scope="row">{text(tp)}</th><td>{bar(n / most, PROCESSED)}</td>'
         f'<td class="kf-n">{count(n)}</td></tr>'
-        for n, tp in behind[:_WORST]
+        for n, tp in worst[:_WORST]
     )
-    rest = len(behind) - _WORST
-    others = (
-        f" and {count(rest)} more partitions, {count(sum(n for n, _ in behind[_WORST:]))}" if rest > 0 else ""
-    )
-    fine = len(lag) - len(behind)
-    note = f"{others}{';' if others and fine else ''}{f' {count(fine)} partitions caught up' if fine else ''}"
+    rest = worst[_WORST:]
+    others = f"and {count(len(rest))} more, {count(sum(n for n, _ in rest))} together" if rest else ""
     return (
         '<div style="margin:10px 0 0 0"><small>lag by partition, in offsets</small>'
-        f'<table class="kf-plain">{rows}</table><small>{text(note.strip())}</small></div>'
+        f'<table class="kf-plain">{rows}</table><small>{text(others)}</small></div>'
+    )
+
+
+def _as_of(status: Status) -> str:
+    """When this was so, on a page that stays while the pipeline goes on."""
+    if status.state in ("new", *_ENDED):
+        return ""
+    return (
+        f'<div style="margin:8px 0 0 0"><small>as of {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC</small></div>'
     )
 
 

@@ -22,13 +22,13 @@ TICK_S = 0.25
 IDLE_S = 5.0
 """Between two updates that nothing but time calls for: rates that fade."""
 KEEP_S = 30.0
-"""Between two updates of the static page below a living widget."""
+"""Between two updates of the static page that a living widget hides; the first one comes soon."""
 
 
 class Shown(Protocol):
     """What a display shows. Any thread may call; nothing is raised."""
 
-    def html(self, *, id: str = "", style: bool = True) -> str:
+    def html(self, *, id: str = "", static: bool = True) -> str:
         """The content as it is now."""
 
     def moved(self) -> Hashable:
@@ -68,7 +68,7 @@ class Changes:
         if moved == self._moved and now - self._looked < IDLE_S:
             return None
         self._moved, self._looked = moved, now
-        html = self._shown.html(style=False)
+        html = self._shown.html(static=False)
         if html == self._sent:
             return None
         self._sent = html
@@ -96,7 +96,7 @@ class Live:
         self._name = f"kf-{uuid.uuid4().hex[:12]}"
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._kept_at = time.monotonic()
+        self._keep_due = time.monotonic() + KEEP_S / 10
         self._body = ipywidgets.HTML()
         self._notice = ipywidgets.HTML()
         self._buttons = [ipywidgets.Button(description=a.name, icon=a.icon, tooltip=a.tip) for a in actions]
@@ -104,9 +104,9 @@ class Live:
             button.layout.width = "auto"
             button.on_click(lambda _button, action=action: self._do(action))
         row = ipywidgets.HBox(self._buttons, layout={"flex_flow": "row wrap"})
-        hide = f"<style>#{self._name}{{display:none}}</style>"
-        parts = [ipywidgets.HTML(STYLE + hide), self._body, *([row] if actions else []), self._notice]
-        self._box = ipywidgets.VBox(parts)
+        style = ipywidgets.HTML(STYLE + _hiding(self._name))
+        self._box = ipywidgets.VBox([style, self._body, *([row] if actions else []), self._notice])
+        self._box.add_class(f"{self._name}-live")
         self._refresh()
         self._keep(update=False)
         view = {"version_major": 2, "version_minor": 0, "model_id": self._box.model_id}
@@ -127,7 +127,8 @@ class Live:
             going = self._shown.going()
             try:
                 self._refresh()
-                if time.monotonic() - self._kept_at > KEEP_S:
+                if time.monotonic() >= self._keep_due:
+                    self._keep_due = time.monotonic() + KEEP_S
                     self._keep()
             except Exception as error:
                 self._tell(f"The panel cannot be drawn: {type(error).__name__}: {error}")
@@ -144,7 +145,6 @@ class Live:
 
     def _keep(self, *, update: bool = True) -> None:
         """Bring the static page up to date; it is what the saved notebook holds."""
-        self._kept_at = time.monotonic()
         page = {"text/plain": repr(self._shown), "text/html": self._shown.html(id=self._name)}
         _publish(page, display_id=self._name, update=update)
 
@@ -167,6 +167,12 @@ class Live:
         notice = f'<div class="kf kf-error" role="alert">{text(told)}</div>' if told else ""
         if self._notice.value != notice:
             self._notice.value = notice
+
+
+def _hiding(name: str) -> str:
+    """Hides the static page while the widget lives, and the widget when its kernel is gone."""
+    gone = f".{name}-live.jupyter-widgets-disconnected"
+    return f"<style>{gone}{{display:none!important}}body:not(:has({gone})) #{name}{{display:none}}</style>"
 
 
 # ---- the kernel -------------------------------------------------------------------------------------------

@@ -120,12 +120,14 @@ class _Panel:
             f"{self._pipeline!r}\n{self._pipeline.status()}" if self._pipeline._run else repr(self._pipeline)
         )
 
-    def html(self, *, id: str = "", style: bool = True) -> str:
+    def html(self, *, id: str = "", static: bool = True) -> str:
         """The page; where it cannot be drawn, why."""
         try:
-            return page(self._pipeline.status(), id=id, style=style)
+            return page(self._pipeline.status(), id=id, static=static)
         except Exception as error:  # a repr that raises would hide what it is asked for
-            return card(heading(self._pipeline.name, f"{type(error).__name__}: {error}"), id=id, style=style)
+            return card(
+                heading(self._pipeline.name, f"{type(error).__name__}: {error}"), id=id, static=static
+            )
 
     def moved(self) -> Hashable:
         """State, counts, trouble."""
