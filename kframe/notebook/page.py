@@ -59,7 +59,7 @@ def page(status: Status, *, id: str = "", static: bool = True) -> str:
         _figures(status),
         _rates(status),
         _stages(status.last),
-        _lag(status.lag),
+        _lag(status.lag) if status.state not in _ENDED or any(status.lag.values()) else "",
         _as_of(status) if static else "",
     ]
     return card("".join(parts), id=id, static=static)
@@ -96,7 +96,7 @@ def _percent(share: float) -> int:
 def _figures(status: Status) -> str:
     dead = status.dead_letters
     shown = [figure("rows", count(status.rows), f"in {count(status.batches)} batches")]
-    if status.state in _ENDED:
+    if status.state in _ENDED and status.rows:
         shown.append(figure("on average", rate(status.rows_per_s), "rows"))
     if status.last:
         shown.append(
@@ -116,6 +116,8 @@ def _work_ms(last: BatchReport) -> float:
 
 
 def _catching_up(status: Status, behind: int) -> str:
+    if status.state in _ENDED:
+        return "when it ended"
     if not behind:
         return "caught up"
     if status.state == "running":
@@ -211,7 +213,7 @@ def _failure(failure: Failure | None) -> str:
     lines = [f"<strong>{text(failure.kind)}: {text(failure.what)}</strong>"]
     if failure.where:
         lines.append(f"<code>{text(failure.where)}</code>")
-    if failure.ranges:
+    if failure.step and failure.ranges:
         lines.append(f"Rolled back: {text(show_ranges(failure.ranges))}")
     lines += [f'<span class="kf-faint">{text(line)}</span>' for line in (failure.kept, failure.hint) if line]
     return (

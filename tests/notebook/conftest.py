@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +66,17 @@ class Lab:
                 env={**os.environ, **own, "IPYTHONDIR": str(home / "ipython")},
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Wait until the server answers."""
+        pause = threading.Event()
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            with contextlib.suppress(OSError):
+                self.get("status")
+                return
+            pause.wait(0.1)
+        raise AssertionError(f"JupyterLab does not answer:\n{self.log.read_text()[-2000:]}")
 
     def stop(self) -> None:
         """End the server, which ends its kernels."""
@@ -142,8 +155,11 @@ class Book:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
     running = Lab(root, home)
-    yield running
-    running.stop()
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture(scope="session")
