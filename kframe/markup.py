@@ -148,6 +148,11 @@ def count(n: int) -> str:
     return f"{n:,}"
 
 
+def counted(n: int, what: str, plural: str = "") -> str:
+    """``1 batch``, ``2 batches``."""
+    return f"{n:,} {what if n == 1 else plural or what + 's'}"
+
+
 def rate(per_s: float) -> str:
     """``52,300/s``; three digits are enough."""
     rounded = round(per_s) if per_s < 1000 else round(per_s, 2 - len(str(int(per_s))) + 1)

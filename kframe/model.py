@@ -177,7 +177,9 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         figures = [
-            markup.figure("rows", markup.count(self.rows), f"in {markup.count(self.batches)} batches"),
+            markup.figure(
+                "rows", markup.count(self.rows), f"in {markup.counted(self.batches, 'batch', 'batches')}"
+            ),
             markup.figure("time", markup.duration(self.seconds)),
         ]
         if self.seconds > 0 and self.rows:

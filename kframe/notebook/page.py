@@ -11,6 +11,7 @@ from kframe.markup import (
     bar,
     card,
     count,
+    counted,
     duration,
     figure,
     milliseconds,
@@ -95,12 +96,12 @@ def _percent(share: float) -> int:
 
 def _figures(status: Status) -> str:
     dead = status.dead_letters
-    shown = [figure("rows", count(status.rows), f"in {count(status.batches)} batches")]
+    shown = [figure("rows", count(status.rows), f"in {counted(status.batches, 'batch', 'batches')}")]
     if status.state in _ENDED and status.rows:
         shown.append(figure("on average", rate(status.rows_per_s), "rows"))
     if status.last:
         shown.append(
-            figure("last batch", milliseconds(_work_ms(status.last)), f"{count(status.last.rows)} rows")
+            figure("last batch", milliseconds(_work_ms(status.last)), counted(status.last.rows, "row"))
         )
     if status.lag:
         behind = sum(status.lag.values())
