@@ -114,11 +114,13 @@ class Live:
             {"text/plain": "", "application/vnd.jupyter.widget-view+json": view},
             display_id=f"{self._name}-live",
         )
+        _lives.add(self)
         threading.Thread(target=self._work, name="kframe-panel", daemon=True).start()
 
     def abandon(self) -> None:
         """Its cell runs again, so nobody sees it any more."""
         self._over.set()
+        _lives.discard(self)
         for widget in (*self._box.children, *self._buttons, self._box):
             widget.close()
 
@@ -133,7 +135,7 @@ class Live:
             except Exception as error:
                 self._tell(f"The panel cannot be drawn: {type(error).__name__}: {error}")
             if not going:
-                self._end()
+                self.settle()
 
     def _refresh(self) -> None:
         with self._lock:
@@ -148,9 +150,13 @@ class Live:
         page = {"text/plain": repr(self._shown), "text/html": self._shown.html(id=self._name)}
         _publish(page, display_id=self._name, update=update)
 
-    def _end(self) -> None:
-        """The last state stays: as the static page, and in the widget where no front end listens."""
-        self._over.set()
+    def settle(self) -> None:
+        """When the content has ended: its last state stays as the static page, and the widget goes."""
+        with self._lock:
+            if self._over.is_set() or self._shown.going():
+                return
+            self._over.set()
+        _lives.discard(self)
         self._keep()
         _publish({"text/plain": ""}, display_id=f"{self._name}-live", update=True)
 
@@ -176,6 +182,15 @@ def _hiding(name: str) -> str:
 
 
 # ---- the kernel -------------------------------------------------------------------------------------------
+
+_lives: set[Live] = set()
+
+
+def settle() -> None:
+    """Have the displays whose content has ended show that now, before the running cell ends."""
+    for live in list(_lives):
+        live.settle()
+
 
 _by_cell: dict[str, tuple[str, list[Live]]] = {}
 """Cell id -> its last execution, and the displays that this has made."""

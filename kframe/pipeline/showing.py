@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from kframe.markup import card, heading
 from kframe.notebook.live import LiveView
 from kframe.notebook.page import page
-from kframe.notebook.panel import Action, show
+from kframe.notebook.panel import Action, settle, show
 from kframe.pipeline.running import Running, _pipelines
 from kframe.reading import Result, query
 from kframe.status import Status, status_of
@@ -66,6 +66,11 @@ class Showing(Running):
             chart=chart,
             rows=rows,
         )
+
+    def stop(self) -> None:
+        """End the run after its running batch, and wait for that. Nothing to do is no error."""
+        super().stop()
+        settle()
 
     # ---- in a notebook ------------------------------------------------------------------------------
 
