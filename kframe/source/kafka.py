@@ -134,7 +134,7 @@ class KafkaSource:
             self._reader.acknowledge(positions)
 
     def ends(self) -> Mapping[TopicPartition, int]:
-        """The read_committed ends that came with the last fetches."""
+        """The log's ends that came with the last fetches; what open transactions hold is before them."""
         reader = self._reader
         return reader.ends if reader is not None else {}
 

@@ -61,7 +61,7 @@ class Source(Protocol):
         """Tell the cluster's dashboards how far the ledger is. Advisory; never raises."""
 
     def ends(self) -> Mapping[TopicPartition, int]:
-        """The end offsets that came with the last fetches, where any did. Asks nobody; any thread."""
+        """The log's ends that came with the last fetches, where any did. Asks nobody; any thread."""
 
     def trouble(self) -> str | None:
         """What the log's client complains about at the moment, or None."""

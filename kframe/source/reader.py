@@ -72,7 +72,7 @@ class Reader:
         self._headers = headers
         self._alive = alive
         self.ends: Mapping[TopicPartition, int] = {}
-        """End offsets as of the last fetches (read_committed), replaced as a whole."""
+        """The log's ends as of the last fetches, replaced as a whole."""
         self._ends_due = 0.0
         self._next = {tp: p.offset for tp, p in positions.items()}
         self._taken = dict(self._next)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -184,6 +186,31 @@ def test_reprs_in_every_state(log: MemorySource, shop: kf.Pipeline) -> None:
     assert "stopped" in shown()[0]
     shop.close()
     assert "stopped" in shown()[0]
+
+
+def test_the_end_of_the_process_is_a_stop_and_no_failure(tmp_path: Path) -> None:
+    """Kills: a batch begun in advance when the interpreter makes no more threads."""
+    script = f"""
+import atexit, threading
+atexit.register(lambda: print(shop.status().state, shop.status().error))
+import kframe as kf
+from kframe.testing import MemorySource
+log = MemorySource({{"orders": [{{"n": 1}}]}})
+shop = kf.Pipeline({str(tmp_path / "p.duckdb")!r}, source=log, commit_interval_ms=5)
+shop.topic("orders", schema={{"n": "int64"}})
+shop.land("orders")
+def feed():
+    while shop.status().state in ("new", "running"):
+        log.append("orders", {{"n": 2}})
+        threading.Event().wait(0.001)
+threading.Thread(target=feed, daemon=True).start()
+shop.start()
+while shop.status().batches < 20: threading.Event().wait(0.01)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "stopped None\n", done.stderr
 
 
 def test_a_page_that_cannot_be_drawn_says_why(shop: kf.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
