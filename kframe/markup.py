@@ -112,7 +112,7 @@ def sparkline(points: Sequence[tuple[float, float, float]], alt: str, *, span_s:
     """
     width, height = 600, 44
     now = points[-1][0] if points else 0.0
-    top = max((max(p[1:]) for p in points), default=0.0) or 1.0
+    top = max((max(p[1:]) for p in points if now - p[0] <= span_s), default=0.0)
 
     def path(which: int) -> str:
         steps = [
@@ -123,7 +123,7 @@ def sparkline(points: Sequence[tuple[float, float, float]], alt: str, *, span_s:
         return "M" + "L".join(steps)
 
     lines = ""
-    if len(points) > 1:
+    if len(points) > 1 and top:  # a flat line would differ from second to second, and say no more
         begin = max(0.0, width * (1 - (now - points[0][0]) / span_s))
         area = f"{path(1)}L{width},{height}L{begin:.0f},{height}Z"
         lines = (

@@ -50,8 +50,9 @@ class Status:
     Counts and rates are of the running or last run. ``rows_per_s`` is the whole run's average,
     ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``history`` holds
     (seconds, processed, arriving) of the last minute. ``lag`` is in offsets, against the log's ends that came
-    with the last fetches, so what open transactions hold counts (`Pipeline.lag` asks Kafka and tells it apart). ``catch_up_s`` is None where the pipeline does not catch up or has nothing to;
-    ``progress`` is the share that is done of what lay before this run.
+    with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka and tells it apart).
+    ``catch_up_s`` is None where the pipeline does not catch up or has nothing to; ``progress`` is the share
+    that is done of what lay before this run.
     """
 
     pipeline: str
