@@ -2,9 +2,9 @@
 
     python benchmarks/panel.py [--seconds 30] [--partitions 100]
 
-A real kernel runs a pipeline whose log gets records twenty times a second, so that every look of the panel finds
-something new. CPU is the whole process's, with the panel minus without, under the same load. Bytes are those on the
-kernel's output socket, in all frames.
+A real kernel runs a pipeline whose log gets records twenty times a second, so that every look of the panel
+finds something new. CPU is the whole process's, with the panel minus without, under the same load. Bytes are
+those on the kernel's output socket, in all frames.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def feed():
     n = 0
     while True:
         if fed.is_set():
-            log.expire("orders", log.append("orders", {{"n": n}}, partition=n % {partitions}), partition=n % {partitions})
+            at = n % {partitions}
+            log.expire("orders", log.append("orders", {{"n": n}}, partition=at), partition=at)
             n += 1
         time.sleep(0.05)
 threading.Thread(target=feed, daemon=True).start()
@@ -54,20 +55,19 @@ def main() -> None:
             tell(client, "shop")
             busy = measure(client, args.seconds)
             tell(client, "fed.clear()")
-            measure(client, 70)  # until the last minute's rates have faded
+            measure(client, 75)  # until the last minute's rates have faded
             idle = measure(client, args.seconds)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     cpu = busy["cpu_s"] - alone["cpu_s"]
+    each = busy["bytes"] / max(busy["updates"], 1) / 1024
+    hour = idle["bytes"] * 3600 / args.seconds / 1024
     print(f"{args.partitions} partitions, {args.seconds:.0f} s each")
     print(
-        f"busy  {busy['updates'] / args.seconds:5.2f} updates/s  {cpu / args.seconds:6.2%} of a core",
-        end="  ",
+        f"busy  {busy['updates'] / args.seconds:.2f} updates/s of {each:.1f} KiB; {cpu / args.seconds:.1%} CPU"
     )
-    print(f"{busy['bytes'] / max(busy['updates'], 1) / 1024:.1f} KiB each")
-    print(f"idle  {idle['updates'] / args.seconds:5.2f} updates/s  ", end="")
-    print(f"{idle['bytes'] * 3600 / args.seconds / 1024:,.0f} KiB an hour")
+    print(f"idle  {idle['updates'] / args.seconds:.2f} updates/s, {hour:,.0f} KiB an hour")
 
 
 def measure(client: BlockingKernelClient, seconds: float) -> Counter[str]:
