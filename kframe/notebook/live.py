@@ -140,7 +140,7 @@ class Report:
         for view in self._views:
             view._ask()
         cells = "".join(
-            '<div style="display:inline-block;vertical-align:top;margin:8px 24px 8px 0;max-width:100%">'
+            '<div style="display:inline-block;vertical-align:top;margin:8px 16px 8px 0;max-width:100%">'
             f"{view.body()}</div>"
             for view in self._views
         )

@@ -39,6 +39,7 @@ _STAGES = {
     "write": ("DuckDB", "#1a9c4b"),
 }
 _WORST = 5  # partitions whose lag is shown
+_KEEPS_UP_S = 3.0  # a lag that is processed in this time is what commits and fetches hold, not a backlog
 _ENDED = ("stopped", "failed")
 
 
@@ -121,6 +122,8 @@ def _catching_up(status: Status, behind: int) -> str:
         return "when it ended"
     if not behind:
         return "caught up"
+    if behind <= _KEEPS_UP_S * status.processed_per_s:
+        return "keeps up"
     if status.state == "running":
         return f"caught up in {duration(status.catch_up_s)}" if status.catch_up_s else "not catching up"
     return "offsets behind"
@@ -156,7 +159,7 @@ def _stages(last: BatchReport | None) -> str:
         return ""
     parts = [(100 * ms / total, *_STAGES[stage]) for stage, ms in sorted(spent.items(), key=lambda x: -x[1])]
     strip = "".join(
-        f'<div style="display:inline-block;width:{round(1.4 * share)}px;height:8px;'
+        f'<div style="display:inline-block;width:{round(0.8 * share)}px;height:8px;'
         f'background-color:{colour}"></div>'
         for share, _, colour in parts
     )

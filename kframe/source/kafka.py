@@ -44,6 +44,7 @@ class KafkaSource:
         self._headers = frozenset(headers)
         self._trouble: str | None = None
         self._reader: Reader | None = None
+        self._ends: Mapping[TopicPartition, int] = {}
         with _redacted(settings):
             self._admin = AdminClient({**settings.admin(), "error_cb": self._on_error})
 
@@ -136,7 +137,7 @@ class KafkaSource:
     def ends(self) -> Mapping[TopicPartition, int]:
         """The log's ends that came with the last fetches; what open transactions hold is before them."""
         reader = self._reader
-        return reader.ends if reader is not None else {}
+        return {**self._ends, **reader.ends} if reader is not None else self._ends
 
     def trouble(self) -> str | None:
         """The client's last complaint, until a record arrives again."""
@@ -146,6 +147,7 @@ class KafkaSource:
         """Stop reading."""
         if self._reader is not None:
             self._reader.close()
+            self._ends = self.ends()
             self._reader = None
 
     # ---- trouble ------------------------------------------------------------------------------------
