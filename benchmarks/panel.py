@@ -64,9 +64,8 @@ def main() -> None:
     each = busy["bytes"] / max(busy["updates"], 1) / 1024
     hour = idle["bytes"] * 3600 / args.seconds / 1024
     print(f"{args.partitions} partitions, {args.seconds:.0f} s each")
-    print(
-        f"busy  {busy['updates'] / args.seconds:.2f} updates/s of {each:.1f} KiB; {cpu / args.seconds:.1%} CPU"
-    )
+    updates = busy["updates"] / args.seconds
+    print(f"busy  {updates:.2f} updates/s of {each:.1f} KiB; {cpu / args.seconds:.1%} of a core")
     print(f"idle  {idle['updates'] / args.seconds:.2f} updates/s, {hour:,.0f} KiB an hour")
 
 

@@ -129,7 +129,7 @@ class Live:
             going = self._shown.going()
             try:
                 self._refresh()
-                if time.monotonic() >= self._keep_due:
+                if time.monotonic() >= self._keep_due and self._shown.moved() != self._kept:
                     self._keep_due = time.monotonic() + KEEP_S
                     self._keep()
             except Exception as error:
@@ -147,6 +147,7 @@ class Live:
 
     def _keep(self, *, update: bool = True) -> None:
         """Bring the static page up to date; it is what the saved notebook holds."""
+        self._kept = self._shown.moved()
         page = {"text/plain": repr(self._shown), "text/html": self._shown.html(id=self._name)}
         _publish(page, display_id=self._name, update=update)
 

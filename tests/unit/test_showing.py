@@ -258,7 +258,7 @@ def test_a_page_tells_states_rates_progress_and_limits_in_words() -> None:
     seen = page(
         status(
             last=last,
-            lag={TopicPartition("orders", 0): 1200},
+            lag={TopicPartition("orders", 0): 1_200_000},
             processed_per_s=52_345.0,
             arriving_per_s=40_000.0,
             catch_up_s=84.0,
@@ -267,7 +267,13 @@ def test_a_page_tells_states_rates_progress_and_limits_in_words() -> None:
         )
     )
     words = Tags(seen).text
-    for told in ("running", "1,200", "caught up in 1 min 24 s", "processed 52,300/s", "arriving 40,000/s"):
+    for told in (
+        "running",
+        "1,200,000",
+        "caught up in 1 min 24 s",
+        "processed 52,300/s",
+        "arriving 40,000/s",
+    ):
         assert told in words
     for told in ("batch 7 committed 2026-01-02 03:04:05 UTC", "90 ms", "your functions 60 %", "99 %"):
         assert told in words
