@@ -158,6 +158,7 @@ class Live:
                 return
             self._over.set()
         _lives.discard(self)
+        self._refresh()  # for a browser that has loaded the page again: updates of outputs don't reach it
         self._keep()
         _publish({"text/plain": ""}, display_id=f"{self._name}-live", update=True)
 
