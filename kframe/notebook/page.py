@@ -122,11 +122,11 @@ def _catching_up(status: Status, behind: int) -> str:
         return "when it ended"
     if not behind:
         return "caught up"
+    if status.state != "running":
+        return "offsets behind"
     if behind <= _KEEPS_UP_S * status.processed_per_s:
         return "keeps up"
-    if status.state == "running":
-        return f"caught up in {duration(status.catch_up_s)}" if status.catch_up_s else "not catching up"
-    return "offsets behind"
+    return f"caught up in {duration(status.catch_up_s)}" if status.catch_up_s else "not catching up"
 
 
 def _rates(status: Status) -> str:

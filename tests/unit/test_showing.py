@@ -113,6 +113,13 @@ def test_whatever_names_and_errors_carry_is_text(html: str) -> None:
     check_harmless(html)
 
 
+@pytest.fixture
+def wide() -> Iterator[None]:
+    with pd.option_context("display.max_colwidth", None):
+        yield
+
+
+@pytest.mark.usefixtures("wide")
 def test_a_hostile_record_stays_text_in_results_live_views_and_frames(
     log: MemorySource, shop: kf.Pipeline
 ) -> None:
@@ -124,7 +131,6 @@ def test_a_hostile_record_stays_text_in_results_live_views_and_frames(
     shop._options = replace(shop._options, dead_letters_max_ratio=1.0)
     shop.run()
     query = f"SELECT *, '{HOSTILE.replace(chr(39), chr(39) * 2)}' AS x FROM words"
-    pd.set_option("display.max_colwidth", None)
     check_harmless(shop.sql(query)._repr_html_())
     check_harmless(shop.live(query)._repr_html_())
     check_harmless(shop.live("SELECT w, n FROM words", chart="bar", title=HOSTILE)._repr_html_())
