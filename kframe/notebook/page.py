@@ -169,7 +169,7 @@ def _stages(last: BatchReport | None) -> str:
         for share, name, colour in parts
     )
     return (
-        '<div style="margin:10px 0 0 0"><small>time of a batch</small> &ensp;'
+        '<div style="margin:10px 0 0 0"><small>time of a batch</small><br>'
         f'<div aria-hidden="true" style="display:inline-block;margin-right:10px">{strip}</div>{told}</div>'
     )
 
