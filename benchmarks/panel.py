@@ -3,9 +3,9 @@
     python benchmarks/panel.py [--seconds 30] [--partitions 100]
 
 A real kernel runs a pipeline whose log gets records twenty times a second, so that every look of the panel
-finds something new. CPU is that of the threads which draw the panel and send the kernel's output, as Linux counts
-it; the whole process's would tell more of the pipeline than of the panel. Bytes are those on the kernel's output
-socket, in all frames.
+finds something new. CPU is that of the threads which draw the panel and send the kernel's output, as Linux
+counts it; the whole process's would tell more of the pipeline than of the panel. Bytes are those on the
+kernel's output socket, in all frames.
 """
 
 from __future__ import annotations
