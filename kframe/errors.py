@@ -58,7 +58,15 @@ class BrokerUnavailable(Retryable):
 
 
 class AbortBatch(KframeError):
-    """The running batch was rolled back; tables and positions are as they were."""
+    """The running batch was rolled back; tables and positions are as they were.
+
+    Attributes
+    ----------
+    ranges : tuple of OffsetRange
+        The records it would have committed, as far as they are known; of a step, those it ran over.
+    """
+
+    ranges: tuple[Any, ...] = ()
 
 
 class StepError(AbortBatch):
@@ -68,8 +76,6 @@ class StepError(AbortBatch):
     ----------
     step : str
         The table whose step it was.
-    ranges : tuple of OffsetRange
-        The records it ran over.
     frames : dict of str to DataFrame
         What the function was called with, by parameter.
     where : tuple of (file, line, source) or None
@@ -77,7 +83,6 @@ class StepError(AbortBatch):
     """
 
     step: str = ""
-    ranges: tuple[Any, ...] = ()
     frames: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     where: tuple[str, int, str] | None = None
 

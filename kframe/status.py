@@ -11,7 +11,7 @@ import duckdb
 import pandas as pd
 
 from kframe.commit.ledger import Ledger
-from kframe.errors import StoreLocked
+from kframe.errors import AbortBatch, StoreLocked
 from kframe.model import BatchReport, OffsetRange, TopicPartition
 from kframe.run import Run
 from kframe.source.kafka import KafkaSource
@@ -155,7 +155,7 @@ def failure_of(error: BaseException | None, redact: Callable[[str], str]) -> Fai
         redact(getattr(error, "hint", "")),
         getattr(error, "step", ""),
         redact(_where(getattr(error, "where", None))),
-        tuple(getattr(error, "ranges", ())),
+        tuple(error.ranges) if isinstance(error, AbortBatch) else (),
         redact("".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]),
     )
 

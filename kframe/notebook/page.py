@@ -217,7 +217,7 @@ def _failure(failure: Failure | None) -> str:
     lines = [f"<strong>{text(failure.kind)}: {text(failure.what)}</strong>"]
     if failure.where:
         lines.append(f"<code>{text(failure.where)}</code>")
-    if failure.step and failure.ranges:
+    if failure.ranges:
         lines.append(f"Rolled back: {text(show_ranges(failure.ranges))}")
     lines += [f'<span class="kf-faint">{text(line)}</span>' for line in (failure.kept, failure.hint) if line]
     return (

@@ -155,6 +155,22 @@ def test_an_error_in_a_users_function_is_text_and_names_step_line_and_ranges(sho
     assert "tables and positions are as they were" in seen
 
 
+def test_a_batch_that_could_not_be_written_names_what_was_rolled_back(
+    log: MemorySource, shop: kf.Pipeline
+) -> None:
+    """Kills: ranges that functions' errors alone carry."""
+    shop.table("kinds")(
+        lambda orders: orders.assign(n=orders.n.astype("str")) if orders.n.max() > 9 else orders
+    )
+    shop.run()
+    log.append("orders", {"n": 10})
+    with pytest.raises(kf.errors.SchemaError):
+        shop.run()
+    seen = Tags(shop._repr_html_()).text
+    assert "SchemaError: table 'kinds', column 'n': stored as BIGINT, the rows have VARCHAR" in seen
+    assert "Rolled back: orders[0] offsets [10, 11)" in seen
+
+
 def test_configured_secrets_are_not_in_a_page(tmp_path: Path) -> None:
     """Kills: an error shown as it is, when a function's exception repeats the configuration."""
     secret = "hunter2-hunter2"
