@@ -56,7 +56,7 @@ def open_book(lab: Lab, page: Page, request: pytest.FixtureRequest, tmp_path: Pa
         name = request.node.originalname.removeprefix("test_")[:40]
         lab.notebook(name, [DEFINE.format(path=str(tmp_path / "shop.duckdb")), *cells])
         book = Book(page, lab, name)
-        book.run(0)
+        assert book.told(0) == ""
         return book
 
     return open_

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,19 @@ def test_plan_and_transform_know_no_kafka(path: Path) -> None:
 def test_the_client_stays_in_its_rooms() -> None:
     users = {own_room(p) for p in FILES if any(m.startswith("confluent_kafka") for m in imports(p))}
     assert users <= {"source", "broker", "standalone", "demo", "cli"}
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("ipywidgets", "notebook/panel.py"), ("matplotlib", "notebook/chart.py")],
+)
+def test_what_draws_stays_in_its_module_and_is_imported_when_something_is_shown(
+    package: str, module: str
+) -> None:
+    users = {str(p.relative_to(ROOT)) for p in FILES if any(m.split(".")[0] == package for m in imports(p))}
+    assert users == {module}
+    loaded = f"import sys, kframe; print({package!r} in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "False\n"
 
 
 def test_only_the_transaction_begins_and_commits() -> None:
