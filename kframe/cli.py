@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "offsets":
             shown.add_argument("--pipeline")
 
+    small = commands.add_parser("compact", help="give back the space that updates have left in a file")
+    small.add_argument("file")
+    small.set_defaults(command=_compact)
+
     mend = commands.add_parser("repair", help="drop the damaged end of a file's write-ahead log")
     mend.add_argument("file")
     mend.set_defaults(command=lambda args: print(repair(args.file)))
@@ -119,6 +123,12 @@ def _show(args: argparse.Namespace) -> None:
         parameters = [args.pipeline] if "$1" in args.query else None
         rows = store.cursor().sql(args.query, params=parameters).to_arrow_table().to_pandas()
     print(rows.to_string(index=False) if len(rows) else "none")
+
+
+def _compact(args: argparse.Namespace) -> None:
+    with _opened(args.file) as store:
+        before, after = store.compact()
+    print(f"{args.file}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after")
 
 
 @contextlib.contextmanager

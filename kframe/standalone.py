@@ -110,7 +110,8 @@ def read(
     Parameters
     ----------
     start, end : "earliest", "latest", time or {partition: offset}
-        Offsets ``[start, end)`` of every partition; times mean the first record at or after them.
+        Offsets ``[start, end)`` of every partition; times mean the first record at or after them. What lies
+        beyond the log's end is left out.
     schema : mapping, optional
         Default: inferred from the first records.
     include : sequence of str
@@ -125,7 +126,8 @@ def read(
     source = _source(brokers, kafka_config, [topic] if "headers" in include else [])
     info = source.describe([topic])[topic]
     tps = [TopicPartition(topic, p) for p in range(info.partitions)]
-    starts, stops = source.offsets(tps, start), source.offsets(tps, end)
+    starts, ends, latest = (source.offsets(tps, at) for at in (start, end, "latest"))
+    stops = {tp: min(ends[tp], latest[tp]) for tp in tps}
     positions = {tp: Position(starts[tp]) for tp in tps if starts[tp] < stops[tp]}
     decoder = Decoder(topic, _schema(source, topic, schema, format), format=format, include=tuple(include))
     frames, dead = [decoder.empty()], []

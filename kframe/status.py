@@ -19,10 +19,10 @@ from kframe.source.protocol import Source
 
 _TRACEBACK_CHARS = 20_000
 _SIDES = {
-    "fetch": "Kafka (fetch)",
+    "fetch": "waiting for records from Kafka",
     "decode": "decoding",
     "steps": "your functions",
-    "write": "DuckDB (write)",
+    "write": "writing to DuckDB",
 }
 
 
@@ -87,7 +87,7 @@ class Status:
                 f"  {behind}, caught up in {self.catch_up_s:.0f} s" if self.catch_up_s else f"  {behind}"
             )
         if self.limited_by:
-            lines.append(f"  most of a batch goes to {self.limited_by}")
+            lines.append(f"  the pace is set by {self.limited_by}")
         if self.trouble:
             lines.append(f"  trouble: {self.trouble}")
         if self.error:
@@ -127,7 +127,7 @@ def status_of(
         report.rows,
         report.dead_letters,
         report.rows / report.seconds if report.seconds > 0 else 0.0,
-        _limited_by(run),
+        limited_by(run.last.timings_ms) if run.last else None,
         positions,
         redact(run.trouble) if run.trouble else None,
         failure.what if failure else None,
@@ -224,8 +224,12 @@ def lag_frame(ledger: Ledger, source: Source) -> pd.DataFrame:
     )
 
 
-def _limited_by(run: Run | None) -> str | None:
-    if run is None or run.last is None:
-        return None
-    timings = {k: v for k, v in run.last.timings_ms.items() if k in _SIDES}
-    return _SIDES[max(timings, key=lambda k: timings[k])] if timings else None
+def limited_by(timings_ms: Mapping[str, float]) -> str:
+    """The stage that decides how long a batch takes.
+
+    The next batch is fetched and decoded while this one is computed and written, so the slower of these two
+    halves decides, and in it the longer stage.
+    """
+    halves = ("fetch", "decode"), ("steps", "write")
+    slower = max(halves, key=lambda half: sum(timings_ms.get(stage, 0.0) for stage in half))
+    return _SIDES[max(slower, key=lambda stage: timings_ms.get(stage, 0.0))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kframe.batch import strict
+from kframe.batch.csv_columns import CsvColumns
 from kframe.batch.json_columns import JsonColumns, unknown_fields
 from kframe.errors import DefinitionError
 from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
@@ -238,51 +237,8 @@ def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> 
     )
 
 
-def _csv(schema: Schema, _con: duckdb.DuckDBPyConnection, delimiter: str) -> Values:
-    def decode(texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
-        rows, good, errors = [], np.ones(len(texts), bool), {}
-        for i, text in enumerate(texts.to_pylist()):
-            try:
-                rows.append(_csv_row(schema, text, delimiter))
-            except strict.Misfit as error:
-                errors[i] = str(error)
-                good[i] = False
-        return strict.to_arrow(rows, schema), good, errors
-
-    return _of_texts(decode)
-
-
-def _csv_row(schema: Schema, text: str, delimiter: str) -> dict[str, Any]:
-    cells = _csv_cells(text, delimiter)
-    if len(cells) != len(schema.fields):
-        raise strict.Misfit(f"expected one line of {len(schema.fields)} cells, got {len(cells)}")
-    row = {}
-    for f, cell in zip(schema, cells, strict=True):
-        if cell is None and f.required:
-            raise strict.Misfit(f"{f.name}: required, but empty")
-        try:
-            row[f.name] = None if cell is None else strict.cell(f.type, cell)
-        except strict.Misfit as error:
-            raise strict.Misfit(f"{f.name}: {error}") from None
-    return row
-
-
-def _csv_cells(text: str, delimiter: str) -> list[str | None]:
-    """The cells of one line; an empty one is None unless it is quoted."""
-    text = text.removesuffix("\n").removesuffix("\r")
-    cell = re.compile(rf'"((?:[^"]|"")*)"|([^"\r\n{re.escape(delimiter)}]*)')
-    cells: list[str | None] = []
-    at = 0
-    while match := cell.match(text, at):
-        quoted, bare = match.groups()
-        cells.append(bare or None if quoted is None else quoted.replace('""', '"'))
-        at = match.end()
-        if at == len(text):
-            return cells
-        if text[at] != delimiter:
-            raise strict.Misfit(f"not valid CSV: {text[at]!r} after cell {len(cells)}")
-        at += 1
-    raise AssertionError("an empty cell always matches")
+def _csv(schema: Schema, con: duckdb.DuckDBPyConnection, delimiter: str) -> Values:
+    return _of_texts(CsvColumns(schema, con, delimiter).decode)
 
 
 FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Values]] = {

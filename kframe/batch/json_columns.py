@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kframe.batch import strict
+from kframe.batch import exact, strict
 from kframe.errors import SchemaError
 from kframe.schema import Field, Schema, Type
 
@@ -59,10 +59,6 @@ _LONG_NUMERAL = "|".join(  # more digits than a double keeps
     ]
 )
 _NOT_FINITE = f"(?i)nan|inf|e[+]?[0-9]{{3}}|{_LONG_WHOLE}"  # what could have been read as infinity
-_DATE = r"[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
-_CLOCK = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d"
-_FRACTION = {"s": "", "ms": r"(\.\d{1,3}0{0,3})?", "us": r"(\.\d{1,6})?"}
-_ZONE = r"(Z|[+-](0\d|1[0-4]):[0-5]\d)?"
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class JsonColumns:
 
     def _candidates(self, texts: pa.ChunkedArray) -> tuple[Any, _Group]:
         """Rows whose JSON types fit the schema, and what is common to them."""
-        if not self._in_bulk or not len(texts):
+        if not self._in_bulk or len(texts) < max(exact.BULK_ROWS, 1):
             return np.zeros(len(texts), bool), _Group({}, frozenset())
         doubt = self._doubt if _longest(texts) <= strict.DEPTH_MAX else f"({self._doubt} OR {_DEEP})"
         counts = self._signatures(texts, doubt)
@@ -191,7 +187,7 @@ class JsonColumns:
         """Parse every text once, then convert the columns that DuckDB would coerce or round."""
         structure = {f.name: "BIGINT" if f.name in group.epochs else _parsed_as(f.type) for f in self.schema}
         parsed = self._sql(
-            f"SELECT unnest(from_json(t, {_literal(json.dumps(structure))})) FROM texts", texts
+            f"SELECT unnest(from_json(t, {exact.literal(json.dumps(structure))})) FROM texts", texts
         )
         columns = [self._converted(f, c, group) for f, c in zip(self.schema, parsed, strict=True)]
         nullable = pa.schema([pa.field(f.name, f.type.arrow) for f in self.schema])
@@ -202,7 +198,7 @@ class JsonColumns:
         type_ = field.type
         if field.name in group.epochs:
             return _storable(column, type_).cast(type_.arrow)
-        conversion = _conversion(type_)
+        conversion = exact.from_text(type_, "t")
         if conversion is not None:
             (column,) = self._sql(f"SELECT {conversion} FROM texts", column)
         return column if column.type == type_.arrow else column.cast(type_.arrow)
@@ -212,7 +208,7 @@ class JsonColumns:
         fits = np.ones(table.num_rows, bool)
         for i, (f, column) in enumerate(zip(self.schema, table, strict=True)):
             if any(not pc.all(pc.is_finite(x)).as_py() for x in _floats(column)):
-                query = f"SELECT NOT regexp_matches(t, {_literal(_NOT_FINITE)}) FROM texts"
+                query = f"SELECT NOT regexp_matches(t, {exact.literal(_NOT_FINITE)}) FROM texts"
                 fits &= _bools(
                     pc.fill_null(pc.is_finite(column), True)
                     if not f.type.members
@@ -332,7 +328,7 @@ def _doubt_sql(schema: Schema) -> str:
     decimals = [f"s[{i}] = 'DOUBLE'" for i, f in enumerate(schema, start=2) if f.type.kind == "decimal"]
     doubts = []
     if decimals:
-        doubts.append(f"WHEN {' OR '.join(decimals)} THEN regexp_matches(t, {_literal(_LONG_NUMERAL)})")
+        doubts.append(f"WHEN {' OR '.join(decimals)} THEN regexp_matches(t, {exact.literal(_LONG_NUMERAL)})")
     if any("int64" in f.type.text for f in schema if f.type.members):
         doubts.insert(0, f"WHEN regexp_matches(t, '{_LONG_WHOLE}') THEN true")
     return f"(CASE {' '.join(doubts)} ELSE false END)" if doubts else "false"
@@ -384,26 +380,7 @@ def _parsed_as(type_: Type) -> Any:
         return {name: _parsed_as(t) for name, t in type_.members}
     if type_.kind == "float":
         return "DOUBLE"
-    return "VARCHAR" if _conversion(type_) is not None else type_.duckdb
-
-
-def _conversion(type_: Type) -> str | None:
-    """SQL from the text ``t`` to a type, NULL where that might not be exact; None: nothing to convert."""
-    if type_.kind == "decimal":
-        scale = type_.arrow.scale
-        whole = max(type_.arrow.precision - scale, 1)
-        fraction = rf"(\.\d{{1,{scale}}}0*)?" if scale else ""
-        return _if_matches(rf"-?\d{{1,{whole}}}{fraction}", type_.duckdb)
-    if type_.kind == "date":
-        return _if_matches(_DATE, "DATE")
-    if type_.kind == "timestamp":
-        zone, sql_type = (_ZONE, "TIMESTAMPTZ") if type_.arrow.tz else ("", "TIMESTAMP")
-        return _if_matches(f"{_DATE}[T ]{_CLOCK}{_FRACTION[type_.arrow.unit]}{zone}", sql_type)
-    return None
-
-
-def _if_matches(pattern: str, sql_type: str) -> str:
-    return f"CASE WHEN regexp_full_match(t, {_literal(pattern)}) THEN TRY_CAST(t AS {sql_type}) END"
+    return "VARCHAR" if exact.from_text(type_, "t") is not None else type_.duckdb
 
 
 def _storable(counts: pa.ChunkedArray, type_: Type) -> pa.ChunkedArray:
@@ -433,8 +410,4 @@ def _bools(column: pa.ChunkedArray) -> Any:
 
 def _path(name: str) -> str:
     """SQL for the JSON pointer to a top-level field; unlike a path, it takes ``*`` for a name."""
-    return _literal("/" + name.replace("~", "~0").replace("/", "~1"))
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return exact.literal("/" + name.replace("~", "~0").replace("/", "~1"))

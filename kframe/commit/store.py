@@ -16,7 +16,7 @@ from pathlib import Path
 
 import duckdb
 
-from kframe.errors import StoreDamaged, StoreLocked
+from kframe.errors import ConfigError, StoreDamaged, StoreLocked
 
 _LEDGER = """
 CREATE SCHEMA IF NOT EXISTS _kframe;
@@ -143,6 +143,36 @@ class Store:
             except duckdb.Error:
                 return False
             return True
+
+    def compact(self) -> tuple[int, int]:
+        """Write the file anew without the space that updates and deletes have left in it.
+
+        Cursors end; nobody may be reading or writing. A kill leaves the old file or the new one.
+
+        Returns
+        -------
+        before, after : int, bytes
+
+        Raises
+        ------
+        ConfigError
+            Another pipeline or reader of this process is in the way.
+        """
+        if len(self._users) > 1 or not self.checkpoint():
+            raise ConfigError(
+                f"{self.path} is in use by another pipeline or reader of this process.",
+                kept="Nothing was changed.",
+                hint="Close the other pipelines and queries, then compact again.",
+            )
+        before = os.path.getsize(self.path)
+        copy = f"{self.path}.compact"
+        self.snapshot(copy)
+        self._con.close()
+        os.replace(
+            copy, self.path
+        )  # the closed file has no write-ahead log left to be taken for the new one's
+        self._con = _connect(self.path)
+        return before, os.path.getsize(self.path)
 
     def snapshot(self, target: str | os.PathLike[str]) -> None:
         """Write a consistent copy of the whole database to `target`, replacing it atomically.

@@ -60,7 +60,7 @@ def page(status: Status, *, id: str = "", static: bool = True) -> str:
         _progress(status),
         _figures(status),
         _rates(status),
-        _stages(status.last),
+        _stages(status.last, status.limited_by),
         _lag(status.lag) if status.state not in _ENDED or any(status.lag.values()) else "",
         _as_of(status) if static else "",
     ]
@@ -149,7 +149,7 @@ def _rates(status: Status) -> str:
     )
 
 
-def _stages(last: BatchReport | None) -> str:
+def _stages(last: BatchReport | None, limit: str | None) -> str:
     """Where a batch's time goes, most first."""
     if last is None:
         return ""
@@ -168,8 +168,9 @@ def _stages(last: BatchReport | None) -> str:
         f'{name} <span class="kf-n">{share:.0f} %</span></span>'
         for share, name, colour in parts
     )
+    pace = f"; the pace is set by {limit}" if limit else ""
     return (
-        '<div style="margin:10px 0 0 0"><small>time of a batch</small><br>'
+        f'<div style="margin:10px 0 0 0"><small>time of a batch{text(pace)}</small><br>'
         f'<div aria-hidden="true" style="display:inline-block;margin-right:10px">{strip}</div>{told}</div>'
     )
 

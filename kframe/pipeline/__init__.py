@@ -173,6 +173,22 @@ class Pipeline(Showing):
             for name in self._ledger.forget(cur):
                 drop(cur, name)
 
+    def compact(self) -> tuple[int, int]:
+        """Stop, and write the file anew without the space that updates and deletes have left in it.
+
+        Returns
+        -------
+        before, after : int, bytes
+            The file's size.
+
+        Raises
+        ------
+        ConfigError
+            Another pipeline or query of this process uses the file. Nothing has changed.
+        """
+        self.stop()
+        return self._store.compact()
+
 
 def _as_records(dead: pa.Table) -> pa.Table:
     """Dead letters as the records they were; headers are not kept."""

@@ -12,10 +12,12 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from kframe.errors import BrokerUnavailable, ConfigError, LostRange
 from kframe.model import Fetched, Limits, OffsetRange, Position, TopicPartition
+from kframe.source.drain import TRANSPORT, Drain, ObjectDrain
+from kframe.source.native import NativeDrain, takes
 from kframe.source.protocol import Start, TopicInfo
-from kframe.source.reader import TRANSPORT, OffsetOutOfRange, Reader
+from kframe.source.reader import OffsetOutOfRange, Reader
 from kframe.source.settings import Settings
-from kframe.source.start import to_epoch_ms
+from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
 
@@ -82,7 +84,7 @@ class KafkaSource:
         """Offsets at a point of the log. The end is the read_committed end, unless ``committed=False``."""
         tps = list(partitions)
         if isinstance(at, Mapping):
-            return {tp: int(at[tp.partition]) for tp in tps}
+            return {tp: offset_at(at, tp) for tp in tps}
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
         spec = _offset_spec(at)
         futures = self._ask(
@@ -110,16 +112,15 @@ class KafkaSource:
         """Begin to read at `positions`, as far as `stops`."""
         self.close()
         self._check_not_lost(positions)
+        drain = self._drain({tp.topic for tp in positions})
+        self._reader = Reader(drain, positions, stops, limits=limits, alive=self._recovered)
+
+    def _drain(self, topics: set[str]) -> Drain:
+        config = self._settings.consumer(self._group_id)
         with _redacted(self._settings):
-            consumer = ck.Consumer({**self._settings.consumer(self._group_id), "error_cb": self._on_error})
-        self._reader = Reader(
-            consumer,
-            positions,
-            stops,
-            limits=limits,
-            headers=self._headers,
-            alive=self._recovered,
-        )
+            if takes(config) and not self._headers:
+                return NativeDrain(config, self._on_error)
+            return ObjectDrain(config, topics, self._headers, self._on_error)
 
     def fetch(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
         """The records that have arrived since the last call, waiting for them as the limits allow."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 from kframe.errors import ConfigError, LostRange
 from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
 from kframe.source.protocol import Start, TopicInfo
-from kframe.source.start import to_epoch_ms
+from kframe.source.start import offset_at, to_epoch_ms
 
 
 @dataclass
@@ -207,7 +207,7 @@ class MemorySource:
     def _offset(self, tp: TopicPartition, at: Start) -> int:
         log = self._logs[tp.topic][tp.partition]
         if isinstance(at, Mapping):
-            return int(at[tp.partition])
+            return offset_at(at, tp)
         if at == "earliest":
             return log.low
         if at == "latest":

@@ -1,13 +1,11 @@
-"""A Kafka consumer, the thread that drains it into columns, and a bounded queue to the engine."""
+"""The thread that drains a Kafka consumer into columns, and a bounded queue to the engine."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import confluent_kafka as ck
 import numpy as np
@@ -15,11 +13,9 @@ import pyarrow as pa
 
 from kframe.errors import Fatal, UnreadableRecord
 from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
+from kframe.source.drain import Broken, Columns, Drain
 
-TRANSPORT = {ck.KafkaError._TRANSPORT, ck.KafkaError._ALL_BROKERS_DOWN, ck.KafkaError._TIMED_OUT}
-"""The codes of trouble that passes when a broker is back."""
-
-_CONSUME_ROWS = 500  # per call: longer lists of the client's records cost more in the garbage collector
+_FIRST_ROWS = 5  # while the size of the records is unknown
 _CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's row groups
 _CHUNK_SHARE = 8  # a chunk holds at most this part of a batch's bytes
 _POLL_S = 0.05  # how long the client may wait for more records, and a chunk for more of them
@@ -41,56 +37,51 @@ class Reader:
 
     Parameters
     ----------
-    consumer : confluent_kafka.Consumer
+    drain : Drain
         The reader's own from now on.
     positions, stops : mapping
         Where to begin, and where to end (None: nowhere).
     limits : Limits
         Of one batch. As much again may wait here; then the consumer's own queue fills, and fetching stops.
-    headers : frozenset of str
-        Topics whose headers are wanted.
     alive : callable
         Called when records have come.
     """
 
     def __init__(
         self,
-        consumer: Any,
+        drain: Drain,
         positions: Mapping[TopicPartition, Position],
         stops: Mapping[TopicPartition, int] | None,
         *,
         limits: Limits,
-        headers: frozenset[str],
         alive: Callable[[], None],
     ) -> None:
-        self._consumer = consumer
+        self._drain = drain
         self._stops = stops
         self._limits = limits
         self._chunk_rows = min(_CHUNK_ROWS, limits.rows_max)
         self._chunk_bytes = limits.bytes_max // _CHUNK_SHARE
         self._poll_s = min(_POLL_S, limits.interval_s / 4)
-        self._headers = headers
         self._alive = alive
         self.ends: Mapping[TopicPartition, int] = {}
         """The log's ends as of the last fetches, replaced as a whole."""
         self._ends_due = 0.0
-        self._next = {tp: p.offset for tp, p in positions.items()}
-        self._taken = dict(self._next)
-        self._open = {tp for tp in positions if stops is None or self._next[tp] < stops[tp]}
-        self._topics = {tp.topic for tp in self._open}
+        self._next = dict(positions)
+        self._taken = {tp: p.offset for tp, p in positions.items()}
+        self._open = {tp for tp, p in positions.items() if stops is None or p.offset < stops[tp]}
         self._queue: deque[_Chunk] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
         self._to_acknowledge: dict[TopicPartition, Position] = {}
-        consumer.assign([_assignment(tp, positions[tp]) for tp in self._open])
+        drain.assign({tp: positions[tp] for tp in self._open})
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="kframe-fetch", daemon=True).start()
 
     def next_offset(self, tp: TopicPartition) -> int:
         """The offset behind the last record of `tp` that was fetched."""
-        return self._next[tp]
+        return self._next[tp].offset
 
     def take(self, plan: tuple[OffsetRange, ...], stopped: Callable[[], bool]) -> Fetched:
         """What has been fetched, up to the limits; the ranges tile onto the plan's starts.
@@ -146,32 +137,32 @@ class Reader:
             self._changed.notify_all()
         self._ended.wait()  # not join(): interrupted, it would call a live thread dead before Python 3.13
         self._commit_group()
-        self._consumer.close()
+        self._drain.close()
 
     # ---- the fetching thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        columns = _Columns(self._topics, self._headers)
+        drain, consume_rows, since = self._drain, _FIRST_ROWS, 0.0
         try:
             while self._open and self._has_room():
                 self._commit_group()
                 self._look_at_ends()
-                if not columns.next:
-                    columns.since = time.monotonic()
-                wanted = min(_CONSUME_ROWS, self._chunk_rows - columns.rows)
-                messages = self._consumer.consume(wanted, timeout=self._poll_s)
-                if messages:
+                if drain.empty:
+                    since = time.monotonic()
+                rows, size = drain.rows, drain.bytes
+                drain.take(min(consume_rows, self._chunk_rows - rows), self._poll_s)
+                rows, size = drain.rows - rows, drain.bytes - size
+                if rows:
                     self._alive()
-                    columns.add(messages)
-                waited = time.monotonic() - columns.since >= self._poll_s
-                full = columns.rows == self._chunk_rows or columns.bytes > self._chunk_bytes
-                if full or (waited and columns.next):
-                    self._put(columns)
-                    columns = _Columns(self._topics, self._headers)
+                    consume_rows = min(drain.at_once, 1 + self._chunk_bytes * rows // (size + 1))
+                waited = time.monotonic() - since >= self._poll_s
+                full = drain.rows == self._chunk_rows or drain.bytes > self._chunk_bytes
+                if full or (waited and not drain.empty):
+                    self._put(since)
         except BaseException as error:
-            self._put(columns)
+            self._put(since)
             with self._changed:
-                self._failure = error if not isinstance(error, _Broken) else self._explained(error)
+                self._failure = error if not isinstance(error, Broken) else self._explained(error)
                 self._changed.notify_all()
         finally:
             self._ended.set()
@@ -186,52 +177,41 @@ class Reader:
         with self._changed:
             positions, self._to_acknowledge = self._to_acknowledge, {}
         if positions:
-            offsets = [ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()]
-            with contextlib.suppress(ck.KafkaException, RuntimeError):
-                self._consumer.commit(offsets=offsets, asynchronous=True)
+            self._drain.acknowledge(positions)
 
     def _look_at_ends(self) -> None:
         """Note the ends that came with fetched records; the client keeps them, so no broker is asked."""
         now = time.monotonic()
-        if now < self._ends_due:
-            return
-        self._ends_due = now + _ENDS_S
-        seen = {
-            tp: self._consumer.get_watermark_offsets(ck.TopicPartition(*tp), cached=True)[1]
-            for tp in self._open
-        }
-        self.ends = {**self.ends, **{tp: end for tp, end in seen.items() if end >= 0}}
+        if now >= self._ends_due:
+            self._ends_due = now + _ENDS_S
+            seen = {tp: self._drain.end(tp) for tp in self._open}
+            self.ends = {**self.ends, **{tp: end for tp, end in seen.items() if end >= 0}}
 
-    def _put(self, columns: _Columns) -> None:
-        """Queue the columns as a chunk, without what lies at or beyond the stops."""
-        chunk = columns.chunk(self._open, self._stops)
+    def _put(self, since: float) -> None:
+        """Queue what has come as a chunk, without what lies at or beyond the stops."""
+        records, behind = _within(self._drain.cut(), self._open, self._stops)
+        for tp, position in behind.items():
+            if position.leader_epoch < 0:  # behind markers alone: that of the last record still holds
+                behind[tp] = Position(position.offset, self._next[tp].leader_epoch)
+        chunk = _Chunk(records, behind, since)
         with self._changed:
             self._queue.append(chunk)
             self._queued_bytes += chunk.bytes
             for tp, position in chunk.next.items():
-                self._next[tp] = position.offset
+                self._next[tp] = position
                 if self._stops is not None and position.offset >= self._stops[tp]:
                     self._open.discard(tp)
             self._changed.notify_all()
 
-    def _explained(self, broken: _Broken) -> Exception:
+    def _explained(self, broken: Broken) -> Exception:
         if broken.error.code() in _LOST:
             return OffsetOutOfRange(broken.tp)
-        at = self._next.get(broken.tp, -1)
+        at = self.next_offset(broken.tp) if broken.tp in self._next else -1
         return UnreadableRecord(
             f"{broken.tp} cannot be read at offset {at}: {broken.error.str()}",
             kept=f"Everything before offset {at} is committed or will be read again; nothing was skipped.",
             hint="If it is larger than the client takes, raise receive.message.max.bytes in kafka_config.",
         )
-
-
-class _Broken(Exception):
-    """The client reports an error for a partition that does not pass."""
-
-    def __init__(self, tp: TopicPartition, error: Any) -> None:
-        super().__init__(str(tp))
-        self.tp = tp
-        self.error = error
 
 
 class _Chunk:
@@ -249,95 +229,19 @@ class _Chunk:
         self.bytes = sum(batch.nbytes for batch in records.values())
 
 
-class _Columns:
-    """The client's records, taken apart into lists as they come."""
-
-    def __init__(self, topics: set[str], headers: frozenset[str]) -> None:
-        self.rows = self.bytes = 0
-        self.since = 0.0
-        self.next: dict[TopicPartition, Position] = {}
-        self._only_topic = next(iter(topics)) if len(topics) == 1 else None
-        self._headers = headers
-        self._lists: dict[str, tuple[list[Any], ...]] = {}
-
-    def add(self, messages: list[Any]) -> None:
-        """Take the records of one ``consume`` call, and the ends of partitions among them."""
-        if any([m.error() for m in messages]):  # noqa: C419 - a list is quicker than a generator
-            messages = self._without_errors(messages)
-        if self._only_topic is not None:
-            self._add(self._only_topic, messages)
-            return
-        by_topic: dict[str, list[Any]] = {}
-        for topic, message in zip([m.topic() for m in messages], messages, strict=True):
-            by_topic.setdefault(topic, []).append(message)
-        for topic, of_topic in by_topic.items():
-            self._add(topic, of_topic)
-
-    def _add(self, topic: str, messages: list[Any]) -> None:
-        if not messages:
-            return
-        columns = self._lists.setdefault(topic, ([], [], [], [], [], []))
-        partitions = [m.partition() for m in messages]
-        columns[0].extend(partitions)
-        columns[1].extend([m.offset() for m in messages])
-        columns[2].extend([m.timestamp()[1] for m in messages])
-        columns[3].extend([m.key() for m in messages])
-        columns[4].extend([m.value() for m in messages])
-        if topic in self._headers:
-            columns[5].extend([[{"key": k, "value": v} for k, v in m.headers() or ()] for m in messages])
-        self.rows += len(messages)
-        self.bytes += sum(map(len, messages))
-        for partition in set(partitions):
-            last = messages[len(partitions) - 1 - partitions[::-1].index(partition)]
-            self.next[TopicPartition(topic, partition)] = Position(last.offset() + 1, _leader_epoch(last))
-
-    def _without_errors(self, messages: list[Any]) -> list[Any]:
-        """The records alone. An end of a partition is where its position is, behind markers and gaps."""
-        good: list[Any] = []
-        for message in messages:
-            error = message.error()
-            if error is None:
-                good.append(message)
-            elif error.code() == ck.KafkaError._PARTITION_EOF:
-                self.add(good)
-                good = []
-                tp = TopicPartition(message.topic(), message.partition())
-                epoch = self.next[tp].leader_epoch if tp in self.next else -1
-                self.next[tp] = Position(message.offset(), epoch)
-            elif error.code() not in TRANSPORT and not error.retriable():
-                self.add(good)
-                raise _Broken(TopicPartition(message.topic() or "", message.partition()), error)
-        return good
-
-    def chunk(self, open_: set[TopicPartition], stops: Mapping[TopicPartition, int] | None) -> _Chunk:
-        """Everything so far as Arrow columns, within `stops` and of `open_` partitions."""
-        records = {topic: self._batch(topic, lists) for topic, lists in self._lists.items()}
-        if stops is not None:
-            records = {topic: _before(batch, topic, open_, stops) for topic, batch in records.items()}
-        next_ = {
-            tp: p if stops is None or p.offset <= stops[tp] else Position(stops[tp], p.leader_epoch)
-            for tp, p in self.next.items()
-            if tp in open_
-        }
-        records = {topic: batch for topic, batch in records.items() if batch.num_rows}
-        return _Chunk(records, next_, self.since)
-
-    def _batch(self, topic: str, lists: tuple[list[Any], ...]) -> pa.RecordBatch:
-        partitions, offsets, timestamps, keys, values, headers = lists
-        headers_type = RECORDS.field("headers").type
-        return pa.RecordBatch.from_arrays(
-            [
-                pa.array(partitions, pa.int32()),
-                pa.array(offsets, pa.int64()),
-                pa.array(timestamps, pa.int64()).cast(RECORDS.field("timestamp").type),
-                pa.array(keys, pa.binary()),
-                pa.array(values, pa.binary()),
-                pa.array(headers, headers_type)
-                if topic in self._headers
-                else pa.nulls(len(values), headers_type),
-            ],
-            schema=RECORDS,
-        )
+def _within(
+    columns: Columns, open_: set[TopicPartition], stops: Mapping[TopicPartition, int] | None
+) -> Columns:
+    """The columns without what lies at or beyond `stops`, and of `open_` partitions alone."""
+    records, next_ = columns
+    if stops is not None:
+        records = {topic: _before(batch, topic, open_, stops) for topic, batch in records.items()}
+    next_ = {
+        tp: p if stops is None or p.offset <= stops[tp] else Position(stops[tp], p.leader_epoch)
+        for tp, p in next_.items()
+        if tp in open_
+    }
+    return {topic: batch for topic, batch in records.items() if batch.num_rows}, next_
 
 
 def _before(
@@ -358,11 +262,6 @@ def _fits(rows: int, size: int, chunk: _Chunk, limits: Limits) -> bool:
     return rows == 0 or (rows + chunk.rows <= limits.rows_max and size + chunk.bytes <= limits.bytes_max)
 
 
-def _leader_epoch(message: Any) -> int:
-    epoch = message.leader_epoch()
-    return -1 if epoch is None else int(epoch)
-
-
 def _fetched(plan: tuple[OffsetRange, ...], chunks: list[_Chunk]) -> Fetched:
     """The chunks as one set of ranges that begin where the plan's begin."""
     next_: dict[TopicPartition, Position] = {}
@@ -379,9 +278,3 @@ def _fetched(plan: tuple[OffsetRange, ...], chunks: list[_Chunk]) -> Fetched:
         for topic in topics
     }
     return Fetched(ranges, records)
-
-
-def _assignment(tp: TopicPartition, position: Position) -> Any:
-    if position.leader_epoch >= 0:
-        return ck.TopicPartition(tp.topic, tp.partition, position.offset, leader_epoch=position.leader_epoch)
-    return ck.TopicPartition(tp.topic, tp.partition, position.offset)

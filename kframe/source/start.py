@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from kframe.errors import ConfigError
+from kframe.model import TopicPartition
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -42,6 +44,16 @@ def to_epoch_ms(at: Any, now: datetime | None = None) -> int:
         raise _not_a_time(at)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return round(moment.timestamp() * 1000)
+
+
+def offset_at(offsets: Mapping[int, int], tp: TopicPartition) -> int:
+    """The offset that a user's ``{partition: offset}`` gives for `tp`; `ConfigError` where it has none."""
+    if tp.partition not in offsets:
+        raise ConfigError(
+            f"No offset is given for {tp.topic!r}, partition {tp.partition}.",
+            hint="Give every partition of the topic, or use a time.",
+        )
+    return int(offsets[tp.partition])
 
 
 def _not_a_time(at: Any) -> ConfigError:

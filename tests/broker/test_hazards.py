@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,45 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 
 import kframe as kf
 from kframe.errors import ConfigError, LostRange, TooManyDeadLetters, TopicRecreated, UnreadableRecord
+from kframe.source import native
 
 pytestmark = pytest.mark.broker
 
 SCHEMA = {"n": "int64"}
 MakeTopic = Callable[..., str]
+
+MEASURED_RUN = r"""
+import re, sys, threading
+import kframe as kf
+
+made = kf.Pipeline(
+    sys.argv[1],
+    brokers=sys.argv[2],
+    batch_bytes_max=8_000_000,
+    kafka_config={"queued.max.messages.kbytes": 16_384},
+)
+made.topic(sys.argv[3], schema={"n": "int64", "x": "str"})
+
+@made.table("rows", inputs=[sys.argv[3]])
+def rows(batch):
+    threading.Event().wait(0.02)
+    return batch[["n"]]
+
+report = made.run(progress=False)
+assert sorted(made.read("rows")["n"]) == list(range(400))
+peak_kb = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+print(made.batches(10_000)["rows"].max(), peak_kb // 1024)
+"""
+"""Runs a pipeline with a slow function; prints the largest batch in rows and the peak memory in MB."""
+
+
+@pytest.fixture(autouse=True, params=["native", "objects"])
+def drain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every hazard is met twice: with records drained in C, and by the client's Python objects."""
+    if request.param == "objects":
+        monkeypatch.setattr(native, "_libraries", lambda: None)
+    elif native._libraries() is None:
+        pytest.skip("drain.c was not compiled: no C compiler when kframe was installed")
 
 
 def produce(kafka: kf.LocalKafka, topic: str, numbers: Any, **options: Any) -> None:
@@ -166,12 +202,22 @@ def make_again(kafka: kf.LocalKafka, topic: str) -> None:
 def test_the_leader_epoch_is_stored_and_assigned(
     kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
 ) -> None:
-    """With it the broker tells a truncated log; without, records are skipped. Kills: dropping the epoch."""
+    """With it the broker tells a truncated log; without, records are skipped.
+
+    Kills: dropping the epoch, or forgetting it behind transaction markers, which carry none.
+    """
     topic = make_topic()
     produce(kafka, topic, range(5))
     with pipeline(kafka, tmp_path, topic) as made:
         made.run(progress=False)
         assert made.sql("SELECT position, leader_epoch FROM _kframe.positions").fetchall() == [(5, 0)]
+        writer = transactional(kafka, "aborts")
+        writer.begin_transaction()
+        writer.produce(topic, b"never")
+        writer.flush(30)
+        writer.abort_transaction(30)
+        made.run(progress=False)
+        assert made.sql("SELECT position, leader_epoch FROM _kframe.positions").fetchall() == [(7, 0)]
 
 
 def test_added_partitions_are_read_from_their_start(
@@ -322,6 +368,25 @@ def test_an_oversized_record_is_a_dead_letter(
         (dead,) = made.dead_letters().to_dict("records")
         assert (dead["topic"], dead["partition"], dead["offset"], dead["value"]) == (topic, 0, 0, None)
         assert "record_bytes_max" in dead["error"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_is_bounded_whatever_the_record_size(
+    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+) -> None:
+    """400 records of 1 MB, a batch of 8 MB, a function that dawdles. Kills: a queue bounded in rows alone."""
+    topic = make_topic(2, **{"max.message.bytes": "2000000"})
+    producer = ck.Producer({"bootstrap.servers": kafka.brokers, "message.max.bytes": 2_000_000})
+    for n in range(400):
+        producer.produce(topic, b'{"n": %d, "x": "%s"}' % (n, b"a" * 1_000_000), partition=n % 2)
+        producer.poll(0.02 if n % 20 == 0 else 0)
+    assert producer.flush(60) == 0
+    command = [sys.executable, "-c", MEASURED_RUN, str(tmp_path / "p.duckdb"), kafka.brokers, topic]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows_max, peak_mb = map(int, done.stdout.split())
+    assert rows_max <= 9
+    assert peak_mb < 420, "as much as the topic holds"
 
 
 def test_null_and_empty_keys_values_and_headers_stay_apart(

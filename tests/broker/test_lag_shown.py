@@ -14,14 +14,20 @@ from tests.broker.test_hazards import MakeTopic, pipeline, produce, transactiona
 pytestmark = pytest.mark.broker
 
 
+@pytest.mark.parametrize("include", [[], ["headers"]], ids=["drained in C", "by the client's objects"])
 def test_the_shown_lag_is_the_brokers(
-    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kafka: kf.LocalKafka,
+    make_topic: MakeTopic,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    include: list[str],
 ) -> None:
     """Kills: ends that are looked at once, or looked up when they are shown."""
     topic = make_topic(2)
     tps = [TopicPartition(topic, p) for p in (0, 1)]
     produce(kafka, topic, range(30), partition=0)
     with pipeline(kafka, tmp_path, topic, commit_interval_ms=50) as made:
+        made.topic(topic, schema={"n": "int64"}, include=include)
         made.start()
         until(lambda: made.status().rows == 30)
         until(lambda: made.status().lag == {tps[0]: 0, tps[1]: 0})

@@ -36,6 +36,13 @@ def test_status_offsets_and_dead_letters(file: str, capsys: pytest.CaptureFixtur
     assert 'n: expected int64, got string "two"' in capsys.readouterr().out
 
 
+def test_compact(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compact", file]) == 0
+    assert "MB after" in capsys.readouterr().out
+    assert main(["offsets", file]) == 0
+    assert capsys.readouterr().out.split("\n")[1].split() == ["shop", "orders", "0", "3"]
+
+
 def test_expected_errors_are_one_text_and_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from kframe.batch import strict
+from kframe.batch import exact, strict
 from kframe.batch.decode import Decoder
 from kframe.errors import DefinitionError
 from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
 from kframe.schema import Schema
 
 UTC = dt.UTC
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, exact.BULK_ROWS], ids=["bulk", "few"])
+def few_records_in_bulk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here goes both ways: in bulk, and record by record."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "BULK_ROWS", request.param)
+        yield
 
 
 def records(values: Sequence[bytes | None], partitions: int = 2) -> pa.Table:

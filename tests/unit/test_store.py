@@ -21,7 +21,7 @@ import pytest
 import kframe as kf
 from kframe.commit.store import open_store
 from kframe.commit.transaction import transaction
-from kframe.errors import Fenced, KframeError, StoreDamaged, StoreLocked
+from kframe.errors import ConfigError, Fenced, KframeError, StoreDamaged, StoreLocked
 from kframe.testing import MemorySource
 
 OPEN = "import sys, kframe as kf\nfrom kframe.testing import MemorySource\n"
@@ -242,3 +242,60 @@ def test_one_store_for_one_file(tmp_path: Path) -> None:
     assert open_store(tmp_path / "link" / "shop.duckdb") is store
     store.close()
     store.close()
+
+
+def test_no_checkpoint_moves_rows_while_a_batch_knows_their_places(tmp_path: Path) -> None:
+    """Kills: a checkpoint between reading rowids of the state and writing to them."""
+    log = MemorySource({"orders": [{"sku": f"s{i % 7}", "qty": i} for i in range(60)]})
+    folded = []
+
+    def at_edge(edge: str) -> None:
+        if edge in ("transformed", "planned"):
+            folded.append((edge, open_store(tmp_path / "p.duckdb").checkpoint()))
+
+    with kf.Pipeline(tmp_path / "p.duckdb", source=log, batch_rows_max=10, at_edge=at_edge) as made:
+        made.topic("orders", schema={"sku": "str", "qty": "int64"})
+        made.aggregate("totals", source="orders", by="sku", total=("qty", "sum"))
+        made.run(progress=False)
+        assert dict(made.read("totals").to_numpy()) == {f"s{k}": sum(range(k, 60, 7)) for k in range(7)}
+    assert {kept for edge, kept in folded if edge == "transformed"} == {False}
+    assert True in {kept for edge, kept in folded if edge == "planned"}
+
+
+# ---- its size ---------------------------------------------------------------------------------------
+
+
+def test_a_compacted_file_is_smaller_and_says_the_same(tmp_path: Path) -> None:
+    """Kills: a copy without views or ledger, a WAL of the old file replayed into the new one."""
+    log = MemorySource({"orders": [{"sku": f"s{i}", "qty": i % 9} for i in range(30_000)]})
+
+    def shop() -> kf.Pipeline:
+        made = kf.Pipeline(tmp_path / "p.duckdb", source=log, batch_rows_max=20_000)
+        made.topic("orders", schema={"sku": "str", "qty": "int64"})
+        made.land("orders")
+        made.aggregate("totals", source="orders", by="qty", n=("sku", "count"))
+        return made
+
+    filler = pd.DataFrame({"x": [os.urandom(50).hex() for _ in range(60_000)]})
+    with shop() as made:
+        made.side_table("filler", filler)
+        assert open_store(tmp_path / "p.duckdb").checkpoint()
+        made.run(progress=False)
+        made.side_table("filler", filler[:1])
+        expected = made.read("totals").sort_values("qty").to_numpy().tolist()
+        before, after = made.compact()
+        assert after < before - 2_000_000
+        assert made.read("totals").sort_values("qty").to_numpy().tolist() == expected
+        log.append("orders", {"sku": "new", "qty": 0})
+        assert made.run(progress=False).rows == 1
+    with shop() as made:
+        assert made.run(progress=False).rows == 0
+        assert len(made.read("orders")) == 30_001
+
+
+def test_a_file_that_others_use_is_not_compacted(shop: kf.Pipeline, tmp_path: Path) -> None:
+    other = kf.Pipeline(tmp_path / "shop.duckdb", name="other", source=MemorySource())
+    with other, pytest.raises(ConfigError, match="in use"):
+        shop.compact()
+    assert len(shop.read("orders")) == 1
+    shop.compact()
