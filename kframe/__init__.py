@@ -3,14 +3,17 @@
 The layout, top to bottom; imports point down only::
 
     cli, demo                       commands
+    magics                          %kframe
     pipeline                        what users touch
     run, rebuild, reading, status   one run; a table anew; queries; what a run tells
+    notebook, meter                 pages, live panels and results; rates
     standalone, replica             topics without a pipeline; a copy of another's tables
     definition, config              what a pipeline is made of; its options
     standby                         the changelog, restoring from it, which instance is active
     engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
     source  batch  transform  commit  sinks  deliver  executors     its stages; siblings don't meet
     schema, model, errors, timings  values
+    markup                          pieces of HTML
 
 `kframe.testing` and `kframe.broker` stand beside: a log in memory and faults for users' own tests, and a
 real Apache Kafka on loopback.
@@ -19,6 +22,7 @@ real Apache Kafka on loopback.
 from kframe import errors
 from kframe.broker import LocalKafka, local_kafka
 from kframe.model import RunReport
+from kframe.notebook.live import LiveView, report
 from kframe.pipeline import Pipeline
 from kframe.reading import Result
 from kframe.replica import Replica, follow
@@ -27,6 +31,7 @@ from kframe.standalone import peek, read, write
 from kframe.status import Status
 
 __all__ = [
+    "LiveView",
     "LocalKafka",
     "Pipeline",
     "Replica",
@@ -39,5 +44,13 @@ __all__ = [
     "local_kafka",
     "peek",
     "read",
+    "report",
     "write",
 ]
+
+
+def load_ipython_extension(shell: object) -> None:
+    """``%load_ext kframe``: the magics ``%kframe`` and ``%%kframe``."""
+    from kframe.magics import KframeMagics  # needs IPython
+
+    shell.register_magics(KframeMagics)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -54,7 +55,8 @@ class Ahead:
         if self._pool is not None:
             then = following(plan, prepared.fetched.ranges)
             if then:
-                self._next = (then, self._pool.submit(self._prepare, then))
+                with contextlib.suppress(RuntimeError):  # the interpreter ends, so no more threads
+                    self._next = (then, self._pool.submit(self._prepare, then))
         return prepared
 
     def drop(self) -> None:

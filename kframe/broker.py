@@ -24,6 +24,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from kframe.errors import LocalKafkaError
 from kframe.kafka_jars import kafka_jars
+from kframe.markup import card, heading, pairs
 
 _READY_TIMEOUT_S = 60
 _MIN_JAVA = 17
@@ -128,6 +129,13 @@ class LocalKafka:
     def __repr__(self) -> str:
         state = f"PID {self.pid}" if self.pid else "external" if self._command is None else "stopped"
         return f"<LocalKafka {self.brokers}, {state}>"
+
+    def _repr_html_(self) -> str:
+        state = f"running, PID {self.pid}" if self.pid else "external" if self._command is None else "stopped"
+        told = {"brokers": self.brokers, "state": state}
+        return card(
+            heading("Apache Kafka", "local") + pairs(told | ({"folder": self.folder} if self.folder else {}))
+        )
 
     def __enter__(self) -> LocalKafka:
         return self

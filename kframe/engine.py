@@ -24,7 +24,7 @@ from kframe.commit.ledger import Ledger, now
 from kframe.commit.outbox import Outbox
 from kframe.commit.store import Store
 from kframe.commit.transaction import transaction
-from kframe.errors import TooManyDeadLetters, TopicRecreated
+from kframe.errors import AbortBatch, TooManyDeadLetters, TopicRecreated
 from kframe.executors.local import Executor
 from kframe.model import (
     OUTPUT,
@@ -139,10 +139,14 @@ class Engine:
         ranges = tiled(plan, (r for p in partials for r in p.ranges))
         if not ranges:
             return None
-        self._check_dead_letters(partials)
-        self._check_topics()
-        with self.store.steady():
-            return self._commit(steps, partials, ranges)
+        try:
+            self._check_dead_letters(partials)
+            self._check_topics()
+            with self.store.steady():
+                return self._commit(steps, partials, ranges)
+        except AbortBatch as error:
+            error.ranges = error.ranges or ranges
+            raise
 
     def retry(self, records: Fetched) -> BatchReport:
         """Run records that are already paid for (dead letters) through the steps, without new positions."""

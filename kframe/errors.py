@@ -80,7 +80,15 @@ class Restoring(Retryable):
 
 
 class AbortBatch(KframeError):
-    """The running batch was rolled back; tables and positions are as they were."""
+    """The running batch was rolled back; tables and positions are as they were.
+
+    Attributes
+    ----------
+    ranges : tuple of OffsetRange
+        The records it would have committed, as far as they are known; of a step, those it ran over.
+    """
+
+    ranges: tuple[Any, ...] = ()
 
 
 class StepError(AbortBatch):
@@ -90,15 +98,15 @@ class StepError(AbortBatch):
     ----------
     step : str
         The table whose step it was.
-    ranges : tuple of OffsetRange
-        The records it ran over.
     frames : dict of str to DataFrame
         What the function was called with, by parameter.
+    where : tuple of (file, line, source) or None
+        The line of the user's code that raised, or led there.
     """
 
     step: str = ""
-    ranges: tuple[Any, ...] = ()
     frames: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    where: tuple[str, int, str] | None = None
 
 
 class SchemaError(AbortBatch):

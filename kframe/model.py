@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from kframe import markup
+
+_POSITIONS_SHOWN = 50
+
 RECORDS = pa.schema(
     [
         ("partition", pa.int32()),
@@ -70,6 +74,11 @@ class OffsetRange(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.topic}[{self.partition}] offsets [{self.start}, {self.stop})"
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<code>{markup.text(self)}</code> <small>{markup.count(self.stop - self.start)} offsets</small>"
+        )
 
 
 def show_ranges(ranges: Iterable[OffsetRange], most: int = 8) -> str:
@@ -203,6 +212,27 @@ class RunReport:
             f"<RunReport {self.pipeline}: {self.rows:,} rows in {self.batches} batches{dead}, "
             f"{self.seconds:.1f} s{rate}>"
         )
+
+    def _repr_html_(self) -> str:
+        figures = [
+            markup.figure(
+                "rows", markup.count(self.rows), f"in {markup.counted(self.batches, 'batch', 'batches')}"
+            ),
+            markup.figure("time", markup.duration(self.seconds)),
+        ]
+        if self.seconds > 0 and self.rows:
+            figures.append(markup.figure("on average", markup.rate(self.rows / self.seconds), "rows"))
+        if self.dead_letters:
+            figures.append(
+                markup.figure("dead letters", markup.count(self.dead_letters), "see dead_letters()")
+            )
+        shown = list(self.positions.items())[:_POSITIONS_SHOWN]
+        positions = markup.pairs((str(tp), markup.count(offset)) for tp, offset in shown)
+        rest = len(self.positions) - len(shown)
+        more = f"<small>and {rest} more</small>" if rest else ""
+        folded = f"<details><summary>positions</summary>{positions}{more}</details>" if shown else ""
+        head = markup.heading(self.pipeline, "run finished")
+        return markup.card(f"{head}<div>{''.join(figures)}</div>{folded}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import duckdb
@@ -14,6 +13,7 @@ import pyarrow as pa
 
 from kframe.commit.ledger import Ledger
 from kframe.errors import KframeError
+from kframe.markup import text
 from kframe.model import TopicPartition
 from kframe.transform.frames import to_pandas
 
@@ -52,14 +52,20 @@ class Result:
 
     def __repr__(self) -> str:
         head = self.table.slice(0, _SHOWN_ROWS).to_pandas(types_mapper=pd.ArrowDtype)
-        return f"{head}\n[{self.table.num_rows:,} rows, as of {self._as_of()}]"
+        return f"{head}\n[{self.table.num_rows:,} rows, as of {self.as_of}]"
 
     def _repr_html_(self) -> str:
-        head = self.table.slice(0, _SHOWN_ROWS).to_pandas(types_mapper=pd.ArrowDtype)
-        note = escape(f"{self.table.num_rows:,} rows, as of {self._as_of()}")
-        return f"{head.to_html(index=False, escape=True, border=0)}<p>{note}</p>"
+        return self.html(_SHOWN_ROWS)
 
-    def _as_of(self) -> str:
+    def html(self, rows: int) -> str:
+        """The first `rows` rows as a table, how many there are, and the batch they are as of."""
+        head = self.table.slice(0, rows).to_pandas(types_mapper=pd.ArrowDtype)
+        note = text(f"{self.table.num_rows:,} rows, as of {self.as_of}")
+        return f"{head.to_html(index=False, escape=True, border=0)}<div><small>{note}</small></div>"
+
+    @property
+    def as_of(self) -> str:
+        """``batch 12``, or that there has been none."""
         return f"batch {self.batch_id}" if self.batch_id >= 0 else "before the first batch"
 
 

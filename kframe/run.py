@@ -37,6 +37,7 @@ from kframe.errors import (
     is_interrupt,
 )
 from kframe.executors.local import Executor, LocalExecutor
+from kframe.meter import Meter
 from kframe.model import BatchReport, Fetched, Outlet, Position, RunReport, TopicPartition
 from kframe.schema import Schema
 from kframe.sinks.outbox import enrol
@@ -108,6 +109,7 @@ class Run:
         self.trouble: str | None = None
         self.engine: Engine | None = None
         self.last: BatchReport | None = None
+        self.meter = Meter()
         self.ended = threading.Event()
         self.started_at = time.monotonic()
         self._definition = definition
@@ -116,7 +118,7 @@ class Run:
         self._ledger = ledger
         self._source = source
         self._executor = executor or LocalExecutor()
-        self._until_end = until_end
+        self.bounded = until_end
         self._progress = progress
         self._at_edge = at_edge
         self._outlets = outlets
@@ -202,7 +204,7 @@ class Run:
         """Follow whichever instance is active; when it is this one, work, until the group says otherwise."""
         self._become("standby")
         self._election = election = standby.elect(self._release)
-        patience = time.monotonic() + (_PATIENCE_S if self._until_end else math.inf)
+        patience = time.monotonic() + (_PATIENCE_S if self.bounded else math.inf)
         try:
             while not self._stop.is_set():
                 with self._progress_bar(0, "restoring", " records") as advance:
@@ -268,8 +270,17 @@ class Run:
             engine.rows if engine else 0,
             engine.dead_letters if engine else 0,
             time.monotonic() - self.started_at,
-            {tp: p.offset for tp, p in engine.positions.items()} if engine else {},
+            {tp: p.offset for tp, p in dict(engine.positions).items()} if engine else {},
         )
+
+    def ends(self) -> Mapping[TopicPartition, int]:
+        """Where each partition ends as far as this run knows: at its stop, or at the end last fetched."""
+        return self._source.ends() if self._stops is None else self._stops
+
+    def observe(self) -> None:
+        """Let the meter take a sample, when it is time; asks no broker. From any thread."""
+        if self.engine is not None and not self.ended.is_set():
+            self.meter.note(self.engine.positions, self.ends())
 
     # ---- the loop -----------------------------------------------------------------------------------
 
@@ -283,8 +294,9 @@ class Run:
                 if self._deliveries is not None:
                     self._let_catch_up(self._deliveries)
                 try:
+                    self.observe()
                     report = engine.run_batch()
-                    if not self._until_end and time.monotonic() >= look_again:
+                    if not self.bounded and time.monotonic() >= look_again:
                         self._add_partitions(engine)
                         look_again = time.monotonic() + _METADATA_S
                 except BrokerUnavailable as error:
@@ -338,7 +350,7 @@ class Run:
         self._deliveries.wake()
         left = self._deliveries.undelivered()
         with self._progress_bar(left, "delivering", " rows") as advance:
-            for now_left in self._deliveries.progress(0, _PATIENCE_S) if self._until_end else ():
+            for now_left in self._deliveries.progress(0, _PATIENCE_S) if self.bounded else ():
                 advance(left - now_left)
                 left = now_left
                 if self._stop.is_set():
@@ -369,7 +381,7 @@ class Run:
             desc=f"{self._definition.pipeline} {doing}".strip(),
             unit=unit,
             unit_scale=True,
-            disable=None if self._progress and self._until_end else True,
+            disable=None if self._progress and self.bounded else True,
         ) as bar:
             yield bar.update
 
@@ -466,7 +478,7 @@ class Run:
 
     def _start_source(self, positions: dict[TopicPartition, Position]) -> dict[TopicPartition, Position]:
         """Start reading at the ledger's positions; what is lost is named, and skipped if asked."""
-        self._stops = self._source.offsets(positions, "latest") if self._until_end else None
+        self._stops = self._source.offsets(positions, "latest") if self.bounded else None
         try:
             self._source.start(positions, self._stops, self._options.limits)
             return positions

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from kframe.errors import DefinitionError, SchemaError
+from kframe.markup import card, heading, pairs
 
 _SIMPLE: dict[str, tuple[str, pa.DataType]] = {
     "str": ("str", pa.string()),
@@ -116,6 +117,9 @@ class Schema:
 
     def __repr__(self) -> str:
         return f"Schema({self.to_dict()})"
+
+    def _repr_html_(self) -> str:
+        return card(heading("Schema", f"{len(self.fields)} columns") + pairs(self.to_dict()))
 
 
 def parse_type(text: str) -> Type:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from html import escape
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import duckdb
 import pandas as pd
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
-from kframe.model import TopicPartition
+from kframe.errors import AbortBatch, StoreLocked
+from kframe.model import BatchReport, OffsetRange, TopicPartition
 from kframe.run import Run
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
 
+_TRACEBACK_CHARS = 20_000
 _SIDES = {
     "fetch": "waiting for records from Kafka",
     "decode": "decoding",
@@ -24,8 +28,33 @@ _SIDES = {
 
 
 @dataclass(frozen=True)
+class Failure:
+    """What ended a run, in parts; configured secrets are taken out."""
+
+    kind: str
+    what: str
+    """The first line."""
+    kept: str
+    hint: str
+    step: str
+    where: str
+    """The line of the user's code: ``Cell In[3], line 2: return orders.amont``."""
+    ranges: tuple[OffsetRange, ...]
+    """The offset ranges of the batch that was rolled back, as far as they are known."""
+    traceback: str
+
+
+@dataclass(frozen=True)
 class Status:
-    """A pipeline's state at one moment. Counts are of the running or last run, positions of the ledger."""
+    """A pipeline's state at one moment; no broker was asked for it.
+
+    Counts and rates are of the running or last run. ``rows_per_s`` is the whole run's average,
+    ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``history`` holds
+    (seconds, processed, arriving) of the last minute. ``lag`` is in offsets, against the log's ends that came
+    with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka and tells it apart).
+    ``catch_up_s`` is None where the pipeline does not catch up or has nothing to; ``progress`` is the share
+    that is done of what lay before this run.
+    """
 
     pipeline: str
     state: str
@@ -39,12 +68,27 @@ class Status:
     error: str | None
     undelivered: int = 0
     """Committed rows that have not reached their targets yet."""
+    lag: Mapping[TopicPartition, int] = field(default_factory=dict)
+    processed_per_s: float = 0.0
+    arriving_per_s: float = 0.0
+    catch_up_s: float | None = None
+    progress: float | None = None
+    history: tuple[tuple[float, float, float], ...] = ()
+    last: BatchReport | None = None
+    bounded: bool = False
+    """Whether the run ends at the end offsets seen at its start."""
+    failure: Failure | None = None
 
     def __repr__(self) -> str:
         lines = [
             f"{self.pipeline}: {self.state}; {self.rows:,} rows in {self.batches:,} batches"
             f" ({self.rows_per_s:,.0f} rows/s), {self.dead_letters:,} dead letters"
         ]
+        if self.lag:
+            behind = f"lag {sum(self.lag.values()):,}"
+            lines.append(
+                f"  {behind}, caught up in {self.catch_up_s:.0f} s" if self.catch_up_s else f"  {behind}"
+            )
         if self.limited_by:
             lines.append(f"  the pace is set by {self.limited_by}")
         if self.undelivered:
@@ -56,26 +100,89 @@ class Status:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
+        from kframe.notebook.page import page  # it draws what is defined here
+
+        return page(self)
 
 
-def status_of(name: str, run: Run | None, ledger: Ledger) -> Status:
-    """A pipeline's status from its run (None: none yet in this process) and its ledger."""
-    report = run.report() if run else None
-    seconds = report.seconds if report else 0.0
+def status_of(
+    name: str, run: Run | None, ledger: Ledger, redact: Callable[[str], str] = lambda text: text
+) -> Status:
+    """A pipeline's status from its run (None: none yet in this process), else from its ledger.
+
+    Parameters
+    ----------
+    redact : callable
+        Takes what is secret out of a text.
+    """
+    if run is None:
+        return Status(name, "new", 0, 0, 0, 0.0, None, _stored(ledger), None, None)
+    run.observe()
+    report, failure = run.report(), failure_of(run.error, redact)
+    trouble = run.trouble or run.delivery_trouble
+    positions = _stored(ledger) if run.ended.is_set() or run.engine is None else report.positions
+    ends = dict(run.ends())
+    lag = {tp: max(0, ends[tp] - at) for tp, at in positions.items() if tp in ends}
+    processed, arriving = run.meter.rates()
+    gain = processed - arriving
+    behind = sum(lag.values())
     return Status(
         name,
-        run.state if run else "new",
-        report.batches if report else 0,
-        report.rows if report else 0,
-        report.dead_letters if report else 0,
-        report.rows / seconds if report and seconds > 0 else 0.0,
-        limited_by(run.last.timings_ms) if run and run.last else None,
-        {tp: p.offset for tp, p in ledger.positions().items()},
-        (run.trouble or run.delivery_trouble) if run else None,
-        str(run.error).splitlines()[0] if run and run.error and str(run.error) else None,
+        run.state,
+        report.batches,
+        report.rows,
+        report.dead_letters,
+        report.rows / report.seconds if report.seconds > 0 else 0.0,
+        limited_by(run.last.timings_ms) if run.last else None,
+        positions,
+        redact(trouble) if trouble else None,
+        failure.what if failure else None,
         Outbox(ledger.store, ledger.pipeline).undelivered(),
+        lag,
+        processed,
+        arriving,
+        behind / gain if behind and gain > 0 else None,
+        run.meter.progress(positions, ends),
+        run.meter.history(),
+        run.last,
+        run.bounded,
+        failure,
     )
+
+
+def failure_of(error: BaseException | None, redact: Callable[[str], str]) -> Failure | None:
+    """An error in the parts that a reader looks for."""
+    if error is None:
+        return None
+    what = redact(getattr(error, "what", "") or str(error) or type(error).__name__).splitlines()[0]
+    return Failure(
+        type(error).__name__,
+        what,
+        redact(getattr(error, "kept", "")),
+        redact(getattr(error, "hint", "")),
+        getattr(error, "step", ""),
+        redact(_where(getattr(error, "where", None))),
+        tuple(error.ranges) if isinstance(error, AbortBatch) else (),
+        redact("".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]),
+    )
+
+
+def _where(line: tuple[str, int, str] | None) -> str:
+    """A line of code; a notebook's cell by its number."""
+    if line is None:
+        return ""
+    file, number, source = line
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cell = shell.compile.format_code_name(file) if shell is not None else None
+    return f"{' '.join(cell) if cell else file}, line {number}: {source}"
+
+
+def _stored(ledger: Ledger) -> dict[TopicPartition, int]:
+    """The ledger's positions; none when its file has been closed."""
+    try:
+        return {tp: p.offset for tp, p in ledger.positions().items()}
+    except (duckdb.Error, StoreLocked):
+        return {}
 
 
 def batches_frame(ledger: Ledger, last: int) -> pd.DataFrame:

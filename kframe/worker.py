@@ -98,8 +98,10 @@ def run_step(
         if is_interrupt(error):
             raise
         ranges = [r for r in ranges if r.topic in step.topics]
+        where = _where(error)
+        told = "\n  {}, line {}: {}".format(*where) if where else ""
         failed = StepError(
-            f"Step {step.name!r} raised {type(error).__name__}: {error}{_where(error)}\n"
+            f"Step {step.name!r} raised {type(error).__name__}: {error}{told}\n"
             f"while it ran over {show_ranges(ranges)}.",
             kept="The batch was rolled back: tables and positions are as they were.",
             hint="failed_batch() returns the DataFrame; define the step again and run again.",
@@ -107,13 +109,14 @@ def run_step(
         if isinstance(step, RowStep):
             failed.frames = step.frames(frames, tables)
         failed.step = step.name
+        failed.where = where
         failed.ranges = tuple(ranges)
         raise failed from error
 
 
-def _where(error: Exception) -> str:
+def _where(error: Exception) -> tuple[str, int, str] | None:
     """File, line and source line of the user's code, behind kframe's own frames."""
     outside = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     own = [f for f in outside if "/kframe/transform/" not in f.filename.replace("\\", "/")]
     frame = next(iter(own), None)
-    return f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" if frame else ""
+    return (frame.filename, frame.lineno or 0, frame.line or "") if frame else None

@@ -10,14 +10,13 @@ from kframe.commit.store import quote
 from kframe.commit.transaction import transaction
 from kframe.errors import ConfigError, DefinitionError
 from kframe.model import RECORDS, Fetched, RunReport
-from kframe.pipeline.running import Running
-from kframe.reading import Result, query
+from kframe.pipeline.showing import Showing
 from kframe.rebuild import rebuild
 from kframe.sinks.table import drop
-from kframe.status import Status, batches_frame, lag_frame, status_of
+from kframe.status import batches_frame, lag_frame
 
 
-class Pipeline(Running):
+class Pipeline(Showing):
     """Kafka topics to DuckDB tables: results and positions in one transaction, every record once.
 
     Making a pipeline again under the same file and name (a notebook cell that runs again) stops the old
@@ -71,16 +70,6 @@ class Pipeline(Running):
 
     # ---- reading ------------------------------------------------------------------------------------
 
-    def sql(self, query_text: str, parameters: object = None) -> Result:
-        """Run one read-only query, from any thread, also while the pipeline runs.
-
-        Returns
-        -------
-        Result
-            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names.
-        """
-        return query(self._ledger, query_text, parameters)
-
     def read(self, table: str) -> pd.DataFrame:
         """A whole table as a DataFrame; ``attrs`` holds the batch and positions it is as of."""
         return self.sql(f"FROM {quote(table)}").df()
@@ -103,10 +92,6 @@ class Pipeline(Running):
             No broker answered.
         """
         return lag_frame(self._ledger, self._open_source())
-
-    def status(self) -> Status:
-        """What the pipeline is doing; asks no broker."""
-        return status_of(self.name, self._run, self._ledger)
 
     def failed_batch(self) -> pd.DataFrame | dict[str, pd.DataFrame] | None:
         """What the function that raised last was called with.

@@ -60,12 +60,6 @@ class Running(Delivering):
         self._ledger = Ledger(self._store, self.name)
         self._definition.side_tables = self._ledger.side_tables()
 
-    def __repr__(self) -> str:
-        state = self._run.state if self._run else "new"
-        tables = ", ".join(self._definition.tables) or "none"
-        topics = ", ".join(self._definition.topics) or "none"
-        return f"<Pipeline {self.name!r}, {state}; topics: {topics}; tables: {tables}>"
-
     def __enter__(self) -> Self:
         return self
 

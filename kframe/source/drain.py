@@ -58,6 +58,9 @@ class Drain(Protocol):
     def cut(self) -> Columns:
         """Hand over the records so far, and begin anew."""
 
+    def end(self, tp: TopicPartition) -> int:
+        """The log's end that came with the last fetch, negative while there was none. Asks no broker."""
+
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Commit positions to the group without waiting; what goes wrong is nobody's concern."""
 
@@ -116,6 +119,9 @@ class ObjectDrain:
         next_ = self._next
         self._begin()
         return records, next_
+
+    def end(self, tp: TopicPartition) -> int:
+        return int(self._consumer.get_watermark_offsets(ck.TopicPartition(*tp), cached=True)[1])
 
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         offsets = [ck.TopicPartition(tp.topic, tp.partition, p.offset) for tp, p in positions.items()]

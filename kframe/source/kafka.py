@@ -46,6 +46,7 @@ class KafkaSource:
         self._headers = frozenset(headers)
         self._trouble: str | None = None
         self._reader: Reader | None = None
+        self._ends: Mapping[TopicPartition, int] = {}
         with _redacted(settings):
             self._admin = AdminClient({**settings.admin(), "error_cb": self._on_error})
 
@@ -134,6 +135,11 @@ class KafkaSource:
         if self._reader is not None:
             self._reader.acknowledge(positions)
 
+    def ends(self) -> Mapping[TopicPartition, int]:
+        """The log's ends that came with the last fetches; what open transactions hold is before them."""
+        reader = self._reader
+        return {**self._ends, **reader.ends} if reader is not None else self._ends
+
     def trouble(self) -> str | None:
         """The client's last complaint, until a record arrives again."""
         return self._trouble
@@ -142,6 +148,7 @@ class KafkaSource:
         """Stop reading."""
         if self._reader is not None:
             self._reader.close()
+            self._ends = self.ends()
             self._reader = None
 
     # ---- trouble ------------------------------------------------------------------------------------

@@ -186,6 +186,14 @@ class MemorySource:
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Nobody watches."""
 
+    def ends(self) -> dict[TopicPartition, int]:
+        """The ends of all partitions."""
+        return {
+            TopicPartition(t, p): log.end
+            for t, logs in list(self._logs.items())
+            for p, log in enumerate(logs)
+        }
+
     def trouble(self) -> str | None:
         """Memory never complains."""
         return None

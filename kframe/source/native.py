@@ -93,6 +93,10 @@ _OF_CLIENT: dict[str, tuple[Any, list[Any]]] = {
     "rd_kafka_topic_partition_set_leader_epoch": (None, [c_void_p, c_int32]),
     "rd_kafka_assign": (c_int, [c_void_p, c_void_p]),
     "rd_kafka_commit": (c_int, [c_void_p, c_void_p, c_int]),
+    "rd_kafka_get_watermark_offsets": (
+        c_int,
+        [c_void_p, c_char_p, c_int32, POINTER(c_int64), POINTER(c_int64)],
+    ),
     "rd_kafka_topic_name": (c_char_p, [c_void_p]),
     "rd_kafka_message_errstr": (c_char_p, [POINTER(_Message)]),
     "rd_kafka_err2str": (c_char_p, [c_int]),
@@ -241,6 +245,13 @@ class NativeDrain:
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=RECORDS)
         return batch, _array(held.topics, np.uint64, n), _array(held.leader_epochs, np.int32, n)
+
+    def end(self, tp: TopicPartition) -> int:
+        low, high = c_int64(), c_int64(-1)
+        self._client.rd_kafka_get_watermark_offsets(
+            self._handle, tp.topic.encode(), tp.partition, ctypes.byref(low), ctypes.byref(high)
+        )
+        return high.value
 
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         partitions = self._partitions(positions)

@@ -60,6 +60,9 @@ class Source(Protocol):
     def acknowledge(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Tell the cluster's dashboards how far the ledger is. Advisory; never raises."""
 
+    def ends(self) -> Mapping[TopicPartition, int]:
+        """The log's ends that came with the last fetches, where any did. Asks nobody; any thread."""
+
     def trouble(self) -> str | None:
         """What the log's client complains about at the moment, or None."""
 

@@ -20,6 +20,7 @@ _CHUNK_ROWS = 5_120  # per conversion to Arrow; 24 of them fill one of DuckDB's 
 _CHUNK_SHARE = 8  # a chunk holds at most this part of a batch's bytes
 _POLL_S = 0.05  # how long the client may wait for more records, and a chunk for more of them
 _IDLE_S = 1.0  # without any record, `take` comes back this often
+_ENDS_S = 0.5  # between two looks at the ends that the client has seen
 _LOST = (ck.KafkaError._AUTO_OFFSET_RESET, ck.KafkaError._LOG_TRUNCATION)
 
 
@@ -62,6 +63,9 @@ class Reader:
         self._chunk_bytes = limits.bytes_max // _CHUNK_SHARE
         self._poll_s = min(_POLL_S, limits.interval_s / 4)
         self._alive = alive
+        self.ends: Mapping[TopicPartition, int] = {}
+        """The log's ends as of the last fetches, replaced as a whole."""
+        self._ends_due = 0.0
         self._next = dict(positions)
         self._taken = {tp: p.offset for tp, p in positions.items()}
         self._open = {tp for tp, p in positions.items() if stops is None or p.offset < stops[tp]}
@@ -142,6 +146,7 @@ class Reader:
         try:
             while self._open and self._has_room():
                 self._commit_group()
+                self._look_at_ends()
                 if drain.empty:
                     since = time.monotonic()
                 rows, size = drain.rows, drain.bytes
@@ -173,6 +178,14 @@ class Reader:
             positions, self._to_acknowledge = self._to_acknowledge, {}
         if positions:
             self._drain.acknowledge(positions)
+
+    def _look_at_ends(self) -> None:
+        """Note the ends that came with fetched records; the client keeps them, so no broker is asked."""
+        now = time.monotonic()
+        if now >= self._ends_due:
+            self._ends_due = now + _ENDS_S
+            seen = {tp: self._drain.end(tp) for tp in self._open}
+            self.ends = {**self.ends, **{tp: end for tp, end in seen.items() if end >= 0}}
 
     def _put(self, since: float) -> None:
         """Queue what has come as a chunk, without what lies at or beyond the stops."""

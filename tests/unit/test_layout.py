@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +14,30 @@ import kframe.testing
 
 ROOT = Path(kf.__file__).parent
 LAYERS = [
-    {"cli", "__main__", "demo", "notebook"},
+    {"cli", "__main__", "demo", "magics"},
     {"testing"},
     {"pipeline"},
-    {"run", "status", "standalone", "replica", "reading", "rebuild", "definition", "config"},
+    {
+        "run",
+        "status",
+        "standalone",
+        "replica",
+        "reading",
+        "rebuild",
+        "definition",
+        "config",
+        "notebook",
+        "meter",
+    },
     {"standby"},
     {"engine", "worker", "ahead"},
     {"source", "batch", "transform", "commit", "sinks", "deliver", "executors"},
-    {"schema", "model", "errors", "timings"},
+    {"schema", "model", "errors", "timings", "markup"},
 ]
 """Top to bottom, as in the note in `kframe`."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 BESIDE = {"broker", "broker_guard", "kafka_jars"}
-"""A real broker, beside the library: it imports errors alone, and only commands and the package import it."""
+"""A real broker, beside the library: only commands and the package import it."""
 STAGES = LAYERS[6]
 MEET = {
     ("source", "batch"),  # reading a bounded set of offsets goes by the plan
@@ -71,7 +84,7 @@ def test_imports_point_down_only(path: Path) -> None:
     here = own_room(path)
     for there in {room(m) for m in imports(path) if m.startswith("kframe.")} - {here}:
         if here in BESIDE or there in BESIDE:
-            assert there in {"errors", *BESIDE} or here in LAYERS[0], f"{here} imports {there}"
+            assert there in {"errors", "markup", *BESIDE} or here in LAYERS[0], f"{here} imports {there}"
             continue
         assert RANK[there] >= RANK[here], f"{here} imports {there}, which is above it"
         if here in STAGES and there in STAGES:
@@ -88,6 +101,19 @@ def test_plan_and_transform_know_no_kafka(path: Path) -> None:
 def test_the_client_stays_in_its_rooms() -> None:
     users = {own_room(p) for p in FILES if any(m.startswith("confluent_kafka") for m in imports(p))}
     assert users <= {"source", "deliver", "broker", "standalone", "demo", "cli"}
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("ipywidgets", "notebook/panel.py"), ("matplotlib", "notebook/chart.py")],
+)
+def test_what_draws_stays_in_its_module_and_is_imported_when_something_is_shown(
+    package: str, module: str
+) -> None:
+    users = {str(p.relative_to(ROOT)) for p in FILES if any(m.split(".")[0] == package for m in imports(p))}
+    assert users == {module}
+    loaded = f"import sys, kframe; print({package!r} in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "False\n"
 
 
 def test_only_the_transaction_begins_and_commits() -> None:

@@ -1,0 +1,1 @@
+"""What notebooks show: a pipeline's page, live panels, live results."""
