@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 
-from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import start_new_kernel
 
 DEFINE = """
@@ -71,7 +71,7 @@ def main() -> None:
     print(f"idle  {idle['updates'] / args.seconds:.2f} updates/s, {hour:,.0f} KiB an hour")
 
 
-def measure(client: BlockingKernelClient, seconds: float) -> Counter[str]:
+def measure(client: BlockingKernelClient, seconds: float) -> dict[str, float]:
     """CPU seconds of drawing and sending, and messages and bytes that it sent unasked, over a time."""
     began = float(tell(client, "print(drawing())"))
     seen: Counter[str] = Counter()
@@ -82,7 +82,7 @@ def measure(client: BlockingKernelClient, seconds: float) -> Counter[str]:
             frames = socket.recv_multipart()
             seen["bytes"] += sum(map(len, frames))
             seen["updates"] += b'"comm_msg"' in b"".join(frames)
-    return seen + Counter(cpu_s=float(tell(client, "print(drawing())")) - began)
+    return {"updates": 0, "bytes": 0, **seen, "cpu_s": float(tell(client, "print(drawing())")) - began}
 
 
 def tell(client: BlockingKernelClient, code: str) -> str:

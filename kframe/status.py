@@ -137,7 +137,7 @@ def status_of(
         positions,
         redact(trouble) if trouble else None,
         failure.what if failure else None,
-        Outbox(ledger.store, ledger.pipeline).undelivered(),
+        _undelivered(ledger),
         lag,
         processed,
         arriving,
@@ -183,6 +183,14 @@ def _stored(ledger: Ledger) -> dict[TopicPartition, int]:
         return {tp: p.offset for tp, p in ledger.positions().items()}
     except (duckdb.Error, StoreLocked):
         return {}
+
+
+def _undelivered(ledger: Ledger) -> int:
+    """Rows in the outbox; none when the file has been closed."""
+    try:
+        return Outbox(ledger.store, ledger.pipeline).undelivered()
+    except (duckdb.Error, StoreLocked):
+        return 0
 
 
 def batches_frame(ledger: Ledger, last: int) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def test_plan_and_transform_know_no_kafka(path: Path) -> None:
 
 def test_the_client_stays_in_its_rooms() -> None:
     users = {own_room(p) for p in FILES if any(m.startswith("confluent_kafka") for m in imports(p))}
-    assert users <= {"source", "deliver", "broker", "standalone", "demo", "cli"}
+    assert users <= {"source", "deliver", "standby", "broker", "standalone", "demo", "cli"}
 
 
 @pytest.mark.parametrize(
