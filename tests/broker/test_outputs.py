@@ -77,10 +77,14 @@ def outbox(made: kf.Pipeline) -> int:
 def test_rows_go_out_once_in_order_and_the_outbox_is_empty(
     guarantee: str, kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
 ) -> None:
-    """Consume, transform, produce, without a table. Kills: trim left out; a batch posted twice."""
+    """Consume, transform, produce, without a table; the client's queue holds 20 records. Kills: trim left
+    out; a batch posted twice; BufferError taken for an end."""
     source, out = make_topic(), make_topic(2)
     produce(kafka, source, rows(95))
-    config = {"processing.guarantee": guarantee + ("_v2" if guarantee == "exactly_once" else "")}
+    config = {
+        "processing.guarantee": guarantee + ("_v2" if guarantee == "exactly_once" else ""),
+        "queue.buffering.max.messages": 20,
+    }
     with shop(kafka, tmp_path, source, kafka_config=config) as made:
 
         @made.output(out, key="sku", inputs=[source])
