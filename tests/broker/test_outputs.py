@@ -338,6 +338,8 @@ def test_an_output_needs_brokers_and_a_free_topic(kafka: kf.LocalKafka, tmp_path
         with pytest.raises(DefinitionError, match="does not show any group column"):
             made.publish("all")
         assert "out" not in repr(made).split("tables:")[1]
+        with pytest.raises(DefinitionError, match="No step makes 'output:out'"):
+            made.rebuild("output:out")
 
 
 def _alter(kafka: kf.LocalKafka, topic: str, name: str, value: str) -> None:
