@@ -192,6 +192,24 @@ def test_a_chain_of_pipelines_is_exactly_once(
     assert len(uncommitted) > 400  # the aborted ones are there
 
 
+@pytest.mark.parametrize(("guarantee", "times"), [("exactly_once", 1), ("at_least_once", 2)])
+def test_what_the_guarantees_differ_in(
+    guarantee: str, times: int, kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+) -> None:
+    """A fall when the topic has the rows and the file does not know it. Kills: a position in the file alone
+    where it says exactly once; rows lost where it says at least once."""
+    source, out = make_topic(), make_topic()
+    produce(kafka, source, rows(10))
+    faults = Faults(Fault("delivered"))
+    with shop(kafka, tmp_path, source, processing_guarantee=guarantee, at_edge=faults) as made:
+        made.output(out, inputs=[source])(lambda orders: orders[["qty"]])
+        with pytest.raises(InjectedFault):
+            made.run(progress=False)
+        made.run(progress=False)
+        assert outbox(made) == 0
+    assert [v["qty"] for _, v in consume(kafka, out)] == list(range(10)) * times
+
+
 def test_stop_delivers_what_is_committed(kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path) -> None:
     source, out = make_topic(), make_topic()
     produce(kafka, source, rows(50))
