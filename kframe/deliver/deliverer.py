@@ -16,8 +16,8 @@ EDGES = ("delivering", "delivered")
 _ROWS_MAX = 100_000
 _RETRY_S = 0.2
 _GRACE_S = 5.0
-_current: dict[int, Deliverer] = {}
-"""Who uses a target, by its `id`: a run that had to give up on one may still be inside of it."""
+_current: dict[tuple[str, str, str], Deliverer] = {}
+"""Who delivers, by file, pipeline and target: a run that gave up on a target may still be inside of it."""
 
 
 class Deliverer:
@@ -42,6 +42,7 @@ class Deliverer:
         self.moved = threading.Event()
         self._outbox = outbox
         self._at_edge = at_edge
+        self._place = (outbox.store.path, outbox.pipeline, target.name)
         self._before: Deliverer | None = None
         self._woken = threading.Event()
         self._ending = threading.Event()
@@ -52,8 +53,8 @@ class Deliverer:
 
     def start(self) -> None:
         """Begin to deliver what is in the outbox, when an earlier run has left the target."""
-        self._before = _current.get(id(self.target))
-        _current[id(self.target)] = self
+        self._before = _current.get(self._place)
+        _current[self._place] = self
         self._thread.start()
 
     def wake(self) -> None:
@@ -92,8 +93,8 @@ class Deliverer:
             if self._before is None or self._before.ended.is_set():
                 with contextlib.suppress(Exception):
                     self.target.close()
-            if _current.get(id(self.target)) is self:
-                del _current[id(self.target)]
+            if _current.get(self._place) is self:
+                del _current[self._place]
             self.ended.set()
             self.moved.set()
 
@@ -170,7 +171,7 @@ class Deliveries:
 
     def trouble(self) -> str | None:
         """What a deliverer is retrying after, or what ended it."""
-        ended = [str(d.error).splitlines()[0] for d in self._deliverers if d.error is not None]
+        ended = [(str(d.error) or repr(d.error)).splitlines()[0] for d in self._deliverers if d.error]
         return next(iter([*ended, *(d.trouble for d in self._deliverers if d.trouble)]), None)
 
     def check(self) -> None:

@@ -72,7 +72,8 @@ class Sender:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         reports = {"delivery.report.only.error": True, "on_delivery": self._report}
-        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **reports}, logger=_quiet)
+        own = {"enable.idempotence": True, **reports}  # retries neither double nor reorder
+        self.producer = ck.Producer({"partitioner": "murmur2_random", **config, **own}, logger=_quiet)
         self._failed: tuple[Any, Any] | None = None
 
     def _report(self, error: Any, message: Any) -> None:

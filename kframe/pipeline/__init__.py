@@ -137,7 +137,7 @@ class Pipeline(Showing):
             The log no longer goes back to the first record. Nothing has changed.
         """
         self.stop()
-        steps = {s.name: s for s in self._definition.steps}
+        steps = {s.name: s for s in self._definition.steps if s.name in self._definition.tables}
         if table not in steps:
             raise DefinitionError(f"No step makes {table!r}.", hint=f"Tables: {', '.join(steps) or 'none'}.")
         step = steps[table]

@@ -203,6 +203,8 @@ def connector(to: str | os.PathLike[str] | Target, pipeline: str, *, mode: str, 
     if mode not in ("transaction", "idempotent"):
         raise ConfigError(f"connect(mode={mode!r}): the mode is 'transaction' or 'idempotent'.")
     if not isinstance(to, str | os.PathLike):
+        if to.name == KAFKA:
+            raise ConfigError(f"connect(): the name {KAFKA!r} is that of the output topics.")
         return to
     text = os.fspath(to)
     if not text.startswith(("postgresql://", "postgres://")):

