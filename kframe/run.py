@@ -249,7 +249,7 @@ class Run:
         for topic, (topic_id, _) in known.items():
             if topic in infos and topic_id != infos[topic].topic_id:
                 raise recreated(topic, topic_id or "?", infos[topic].topic_id)
-        schemas = {t: self._schema(self._definition.topics[t], infos[t], known) for t in topics}
+        schemas = {t: schema_of(self._source, self._definition.topics[t], infos[t], known) for t in topics}
         missing = self._missing_positions(infos, known)
         cluster_id = self._source.cluster_id()
         with transaction(self._store, lambda: False) as cur:
@@ -279,31 +279,6 @@ class Run:
 
     def _stopped(self) -> bool:
         return self._stop.is_set() or not self._unpaused.is_set()
-
-    def _schema(
-        self,
-        topic: Topic,
-        info: TopicInfo,
-        known: Mapping[str, tuple[str | None, dict[str, str] | None]],
-    ) -> Schema:
-        """The declared schema, or the one pinned in the ledger, or one inferred from the first records."""
-        pinned = known.get(topic.name, (None, None))[1]
-        if topic.schema is not None:
-            if topic.on_new_field == "add" and pinned is not None:
-                return topic.schema.with_fields(
-                    {k: v for k, v in pinned.items() if k not in topic.schema.to_dict()}
-                )
-            return topic.schema
-        if pinned is not None:
-            return Schema.parse(pinned)
-        values = first_values(self._source, topic.name, info)
-        if not values:
-            raise ConfigError(
-                f"Topic {topic.name!r} is empty, so its schema cannot be inferred.",
-                kept="Nothing was changed.",
-                hint='Give one: topic("...", schema={"column": "type"}), or run again once it holds records.',
-            )
-        return infer_schema(values, topic.format)
 
     def _missing_positions(
         self, infos: Mapping[str, TopicInfo], known: Mapping[str, object]
@@ -364,6 +339,32 @@ class Run:
             "the old one. To compute them anew: pipeline.rebuild(name).",
             stacklevel=2,
         )
+
+
+def schema_of(
+    source: Source,
+    topic: Topic,
+    info: TopicInfo,
+    known: Mapping[str, tuple[str | None, dict[str, str] | None]],
+) -> Schema:
+    """The declared schema, or the one pinned in the ledger, or one inferred from the first records."""
+    pinned = known.get(topic.name, (None, None))[1]
+    if topic.schema is not None:
+        if topic.on_new_field == "add" and pinned is not None:
+            return topic.schema.with_fields(
+                {k: v for k, v in pinned.items() if k not in topic.schema.to_dict()}
+            )
+        return topic.schema
+    if pinned is not None:
+        return Schema.parse(pinned)
+    values = first_values(source, topic.name, info)
+    if not values:
+        raise ConfigError(
+            f"Topic {topic.name!r} is empty, so its schema cannot be inferred.",
+            kept="Nothing was changed.",
+            hint='Give one: topic("...", schema={"column": "type"}), or run again once it holds records.',
+        )
+    return infer_schema(values, topic.format)
 
 
 def first_values(source: Source, topic: str, info: TopicInfo) -> list[bytes]:

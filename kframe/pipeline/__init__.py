@@ -10,14 +10,14 @@ from kframe.commit.store import quote
 from kframe.commit.transaction import transaction
 from kframe.errors import ConfigError, DefinitionError
 from kframe.model import RECORDS, Fetched, RunReport
-from kframe.pipeline.running import Running
+from kframe.pipeline.exploring import Exploring
 from kframe.reading import Result, query
 from kframe.rebuild import rebuild
 from kframe.sinks.table import drop
 from kframe.status import Status, batches_frame, lag_frame, status_of
 
 
-class Pipeline(Running):
+class Pipeline(Exploring):
     """Kafka topics to DuckDB tables: results and positions in one transaction, every record once.
 
     Making a pipeline again under the same file and name (a notebook cell that runs again) stops the old
