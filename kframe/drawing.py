@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -30,9 +31,16 @@ class Node:
 
 
 class _Box(NamedTuple):
+    """A node's place; one of a lane, which a long edge runs along, has no height."""
+
     x: float
     y: float
     width: float
+    height: float
+
+    @property
+    def middle(self) -> float:
+        return self.y + self.height / 2
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,8 @@ class Drawing:
         """The picture as a document of its own, readable on light and on dark ground."""
         boxes = self._boxes()
         width = max((b.x + b.width for b in boxes.values()), default=0) + _PAD
-        height = max((b.y for b in boxes.values()), default=0) + _HEIGHT + _PAD
-        drawn = [_arrow(boxes[a], boxes[b]) for a, b in self.edges]
+        height = max((b.y + b.height for b in boxes.values()), default=0) + _PAD
+        drawn = [_arrow([boxes[id_] for id_ in chain]) for chain in self._chains(self._depths())]
         drawn += [_drawn(node, boxes[id_]) for id_, node in self.nodes.items()]
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -89,8 +97,8 @@ class Drawing:
         published = [(a, b) for a, b in self.edges if self.nodes[a].kind != "step" != self.nodes[b].kind]
         return lines + [f"{self.nodes[a].name} -> {_told(self.nodes[b])}" for a, b in published]
 
-    def _layers(self) -> list[list[str]]:
-        """Each node behind those that lead to it; a first one right before what it leads to."""
+    def _depths(self) -> dict[str, int]:
+        """Each node's layer: behind those that lead to it; a first one right before what it leads to."""
         depth: dict[str, int] = {}
         for id_ in self.nodes:
             depth[id_] = 1 + max((depth[a] for a, b in self.edges if b == id_ and a in depth), default=-1)
@@ -98,29 +106,47 @@ class Drawing:
         for id_ in self.nodes:
             if id_ not in led_to:
                 depth[id_] = max(0, min((depth[b] for a, b in self.edges if a == id_), default=1) - 1)
-        layers: list[list[str]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
-        for id_, d in depth.items():
-            layers[d].append(id_)
-        return layers
+        return depth
+
+    def _chains(self, depth: Mapping[str, int]) -> list[list[str]]:
+        """Each edge as the ids it runs along: its ends, and a lane in every layer that it crosses."""
+        return [[a, *(f"{a} lane {d}" for d in range(depth[a] + 1, depth[b])), b] for a, b in self.edges]
 
     def _boxes(self) -> dict[str, _Box]:
         """Layer by layer from the left, each node as near to those before it as there is room."""
+        depth = self._depths()
+        chains = self._chains(depth)
+        layers: dict[int, dict[str, None]] = {d: {} for d in range(max(depth.values(), default=-1) + 1)}
+        for id_, d in depth.items():
+            layers[d][id_] = None
+        for chain in chains:
+            for lane, id_ in enumerate(chain[1:-1], depth[chain[0]] + 1):
+                layers[lane][id_] = None
+        links = [link for chain in chains for link in pairwise(chain)]
         boxes: dict[str, _Box] = {}
         x = float(_PAD)
-        for layer in self._layers():
-            wanted = {id_: self._middle(id_, boxes) for id_ in layer}
-            width = max(map(_width, (self.nodes[i] for i in layer)), default=0.0)
-            y = float(_PAD)
-            for id_ in sorted(layer, key=lambda i: wanted[i]):
-                y = max(y, wanted[id_])
-                boxes[id_] = _Box(x, y, width)
-                y += _HEIGHT + _GAP_Y
+        for layer in layers.values():
+            width = max((_width(self.nodes[i]) for i in layer if i in self.nodes), default=0.0)
+            self._place(layer, links, x, width, boxes)
             x += width + _GAP_X
         return boxes
 
-    def _middle(self, id_: str, boxes: Mapping[str, _Box]) -> float:
-        before = [boxes[a].y for a, b in self.edges if b == id_ and a in boxes]
-        return sum(before) / len(before) if before else 0.0
+    def _place(
+        self,
+        layer: Iterable[str],
+        links: Sequence[tuple[str, str]],
+        x: float,
+        width: float,
+        boxes: dict[str, _Box],
+    ) -> None:
+        before = {i: [boxes[a].middle for a, b in links if b == i and a in boxes] for i in layer}
+        wanted = {i: sum(found) / len(found) if found else 0.0 for i, found in before.items()}
+        y = float(_PAD)
+        for id_ in sorted(layer, key=lambda i: (wanted[i], i in self.nodes)):
+            height = _HEIGHT if id_ in self.nodes else 0
+            y = max(y, wanted[id_] - height / 2)
+            boxes[id_] = _Box(x, y, width, height)
+            y += height + _GAP_Y
 
 
 def _width(node: Node) -> float:
@@ -139,13 +165,14 @@ def _drawn(node: Node, box: _Box) -> str:
     )
 
 
-def _arrow(a: _Box, b: _Box) -> str:
-    x0, y0, x1, y1 = a.x + a.width, a.y + _HEIGHT / 2, b.x, b.y + _HEIGHT / 2
-    bend = max(_GAP_X / 2, abs(x1 - x0) / 2)
-    return (
-        f'<path d="M{x0:.1f},{y0:.1f} C{x0 + bend:.1f},{y0:.1f} {x1 - bend:.1f},{y1:.1f} {x1:.1f},{y1:.1f}" '
-        f'fill="none" stroke="{_LINE}" stroke-width="1.5" marker-end="url(#tip)"/>'
-    )
+def _arrow(chain: Sequence[_Box]) -> str:
+    path = f"M{chain[0].x + chain[0].width:.1f},{chain[0].middle:.1f}"
+    for a, b in pairwise(chain):
+        x0, x1 = a.x + a.width, b.x
+        bend = max(_GAP_X, abs(x1 - x0)) / 2
+        path += f" C{x0 + bend:.1f},{a.middle:.1f} {x1 - bend:.1f},{b.middle:.1f} {x1:.1f},{b.middle:.1f}"
+        path += f" H{x1 + b.width:.1f}" if b.height == 0 else ""
+    return f'<path d="{path}" fill="none" stroke="{_LINE}" stroke-width="1.5" marker-end="url(#tip)"/>'
 
 
 def _label(node: Node) -> str:

@@ -17,10 +17,15 @@ def explained(definition: Definition) -> Drawing:
     edges = []
     for step in definition.steps:
         nodes[f"step {step.name}"] = _step_node(step)
-        nodes[f"table {step.name}"] = Node("table", step.name, _keyed(step))
+        if step.name in definition.tables:
+            nodes[f"table {step.name}"] = Node("table", step.name, _keyed(step))
         edges += [(f"topic {t}", f"step {step.name}") for t in step.topics]
         edges += [(f"table {t}", f"step {step.name}") for t in step.tables]
         edges.append((f"step {step.name}", f"table {step.name}"))
+    for outlet in getattr(definition, "outlets", {}).values():
+        id_ = f"output {outlet.target} {outlet.name}"
+        nodes[id_] = Node("output", outlet.name, outlet.target)
+        edges.append((f"{'table' if outlet.step in definition.tables else 'step'} {outlet.step}", id_))
     return Drawing(f"pipeline {definition.pipeline}", nodes, connected(edges, nodes))
 
 

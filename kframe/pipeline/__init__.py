@@ -74,9 +74,16 @@ class Pipeline(Exploring):
         Returns
         -------
         Result
-            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names.
+            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names. A declared table
+            that no batch has made yet is empty, where its columns are known: of `land`, `aggregate` and
+            `sql_table` over a topic with a schema.
+
+        Raises
+        ------
+        KframeError
+            The query would write, or reads a table that no batch has made and whose columns are not known.
         """
-        return query(self._ledger, query_text, parameters)
+        return query(self._ledger, query_text, parameters, self._unmade)
 
     def read(self, table: str) -> pd.DataFrame:
         """A whole table as a DataFrame; ``attrs`` holds the batch and positions it is as of."""

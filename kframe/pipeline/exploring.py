@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
+import pyarrow as pa
 
 from kframe.batch.decode import Decoder
 from kframe.drawing import Drawing
@@ -18,7 +19,8 @@ from kframe.preview import latest_records, preview, read_ranges
 from kframe.run import schema_of
 from kframe.source.protocol import Source, TopicInfo
 from kframe.transform.frames import to_pandas
-from kframe.transform.rows import visible
+from kframe.transform.rows import RowStep, visible
+from kframe.transform.step import Step
 
 
 class Exploring(Running):
@@ -116,6 +118,23 @@ class Exploring(Running):
         return next(iter(frames.values())) if len(frames) == 1 else frames
 
     # ---- inside -------------------------------------------------------------------------------------
+
+    def _unmade(self) -> dict[str, pa.Schema | None]:
+        """The steps' tables that no batch has made yet: their columns, None where only a run can tell."""
+        listed = "SELECT lower(table_name) FROM information_schema.tables WHERE table_schema = 'main'"
+        made = {name for (name,) in self._store.cursor().execute(listed).fetchall()}
+        steps = [s for s in self._definition.steps if s.name.lower() not in made]
+        return {s.name: self._columns(s) for s in steps}
+
+    def _columns(self, step: Step) -> pa.Schema | None:
+        """A function is not called without rows, so its columns are unknown."""
+        if isinstance(step, RowStep):
+            return None
+        try:
+            frames = {t: self._definition.topics[t].decoder(self.schema(t)).empty() for t in step.topics}
+            return preview(self._store, step, frames, ()).schema
+        except (ConfigError, DefinitionError):
+            return None
 
     def _source_beside(self) -> Source:
         """A source of our own, so that a running batch's is left alone."""
