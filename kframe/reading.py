@@ -64,6 +64,7 @@ class Result:
         return f"batch {self.batch_id}" if self.batch_id >= 0 else "before the first batch"
 
 
+@interruptible(lambda: "the query has ended; sql() and read() change nothing.")
 def query(
     ledger: Ledger,
     sql: str,
@@ -92,21 +93,18 @@ def query(
         )
         return result
 
-    with interruptible(lambda: "the query has ended; sql() and read() change nothing."):
-        try:
-            return run({})
-        except duckdb.CatalogException:
-            declared = unmade()
-            try:
-                return run(
-                    {t: columns.empty_table() for t, columns in declared.items() if columns is not None}
-                )
-            except duckdb.CatalogException as error:
-                told = str(error).casefold()
-                for table in declared:
-                    if f"name {table.casefold()} does not exist" in told:
-                        raise _unmade(table) from None
-                raise
+    try:
+        return run({})
+    except duckdb.CatalogException:
+        declared = unmade()
+    try:
+        return run({t: columns.empty_table() for t, columns in declared.items() if columns is not None})
+    except duckdb.CatalogException as error:
+        told = str(error).casefold()
+        for table in declared:
+            if f"name {table.casefold()} does not exist" in told:
+                raise _unmade(table) from None
+        raise
 
 
 def _read(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from kframe.batch.infer import infer_schema
 from kframe.commit.ledger import Ledger
 from kframe.commit.store import Store
-from kframe.commit.transaction import transaction
+from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.config import Options
 from kframe.definition import Definition, Topic
 from kframe.engine import Engine, recreated
@@ -151,10 +151,11 @@ class Run:
 
     def _end(self) -> None:
         self._stop.set()
-        if self.engine is not None:
-            self.engine.close()
-        self._source.close()
-        self.ended.set()
+        with interrupts_deferred():  # a second Ctrl-C would leave the source open, and the run without an end
+            if self.engine is not None:
+                self.engine.close()
+            self._source.close()
+            self.ended.set()
 
     def report(self) -> RunReport:
         """What the run has done so far."""

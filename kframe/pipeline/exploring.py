@@ -26,6 +26,7 @@ from kframe.transform.step import Step
 class Exploring(Running):
     """The part of `Pipeline` that shows what is there, or would be, and changes nothing."""
 
+    @interruptible(lambda: "the preview has ended; previews commit nothing.")
     def preview(self, step: str, n: int = 1000) -> pd.DataFrame:
         """Run one step over the latest records and commit nothing; also while the pipeline runs.
 
@@ -56,12 +57,11 @@ class Exploring(Running):
         if n < 1:
             raise ConfigError(f"preview(n={n!r}): n is at least 1.")
         source = self._source_beside()
-        with interruptible(lambda: "the preview has ended; previews commit nothing."):
-            decoders = self._decoders(source, steps[step].topics, source.describe(steps[step].topics))
-            batch = latest_records(source, decoders, n)
-            ranges = batch.fetched.ranges
-            frames = {t: found.frame for t, found in batch.decoded.items()}
-            result = to_pandas(preview(self._store, steps[step], frames, ranges))
+        decoders = self._decoders(source, steps[step].topics, source.describe(steps[step].topics))
+        batch = latest_records(source, decoders, n)
+        ranges = batch.fetched.ranges
+        frames = {t: found.frame for t, found in batch.decoded.items()}
+        result = to_pandas(preview(self._store, steps[step], frames, ranges))
         result.attrs.update(
             preview=f"step {step!r} over the latest {batch.fetched.rows:,} records; nothing was committed",
             ranges=[str(r) for r in ranges],
@@ -73,6 +73,7 @@ class Exploring(Running):
         """The pipeline drawn: topics, steps, tables and what leaves it; as text on a terminal."""
         return explained(self._definition)
 
+    @interruptible(lambda: "the replay has ended; nothing was changed.")
     def replay(self, batch_id: int) -> pd.DataFrame | dict[str, pd.DataFrame]:
         """The records of one committed batch, read again from the log and decoded by the schema of now.
 
@@ -100,15 +101,14 @@ class Exploring(Running):
         ranges, rows = self._ledger.batch(batch_id)
         topics = list(dict.fromkeys(r.topic for r in ranges))
         source = self._source_beside()
-        with interruptible(lambda: "the replay has ended; nothing was changed."):
-            infos = source.describe(topics)
-            self._check_kept(source, infos, ranges)
-            decoders = self._decoders(source, topics, infos)
-            batch = read_ranges(source, decoders, ranges)
+        infos = source.describe(topics)
+        self._check_kept(source, infos, ranges)
+        decoders = self._decoders(source, topics, infos)
+        batch = read_ranges(source, decoders, ranges)
         if (missing := rows - batch.fetched.rows) > 0:
             warnings.warn(
                 f"kframe: compaction has removed {missing:,} of the {rows:,} records of batch {batch_id}.",
-                stacklevel=2,
+                stacklevel=3,  # past the decorator
             )
         frames = {}
         for topic, found in batch.decoded.items():
