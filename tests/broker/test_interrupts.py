@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) in a process of its own, in the middle of the work: what it says, and what works after it."""
+"""Ctrl-C (SIGINT) in a process of its own, amid the work: what it says, and what works after it."""
 
 from __future__ import annotations
 
