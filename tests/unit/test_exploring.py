@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import os
 import re
+import signal
 import threading
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from urllib.parse import unquote
 
+import duckdb
 import pandas as pd
 import pytest
 
@@ -371,3 +374,39 @@ def test_a_corrected_function_applies_from_the_next_batch_on(tmp_path: Path) -> 
         made.stop()
         assert made.sql("SELECT rule FROM marked ORDER BY qty").fetchall() == [("old",)] * 3 + [("new",)]
         assert fingerprint() != old
+
+
+# ---- interrupts ---------------------------------------------------------------------------------------
+
+
+def test_only_an_interrupt_is_taken_for_one(tmp_path: Path) -> None:
+    """Kills: a user's RuntimeError about something interrupted, reported as Ctrl-C."""
+    with shop(tmp_path) as made:
+
+        @made.table("broken")
+        def broken(orders: pd.DataFrame) -> pd.DataFrame:
+            raise RuntimeError("the connection was interrupted")
+
+        with pytest.raises(StepError, match="the connection was interrupted"):
+            made.run()
+        with pytest.raises(StepError, match="the connection was interrupted"):
+            made.preview("broken")
+
+
+def test_ctrl_c_inside_duckdb_comes_out_as_ctrl_c(tmp_path: Path) -> None:
+    """Kills: DuckDB's RuntimeError in the place of KeyboardInterrupt, in a preview and in a run."""
+    endless = "SELECT count(*) FROM range(100_000_000_000) a WHERE hash(a.range) = 1"
+    with shop(tmp_path) as made:
+
+        @made.table("asks")
+        def asks(orders: pd.DataFrame) -> pd.DataFrame:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            duckdb.connect().sql(endless).fetchall()
+            return orders
+
+        for call, told in ((made.run, "rolled back"), (lambda: made.preview("asks"), "commit nothing")):
+            with pytest.raises(KeyboardInterrupt) as caught:
+                call()
+            assert told in caught.value.__notes__[0]
+        made.table("asks", inputs=["orders"])(lambda batch: batch)
+        assert made.run().rows == 10
