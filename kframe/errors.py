@@ -28,8 +28,10 @@ The text of an error says what happened and where, what was kept, and the next s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 
 class KframeError(Exception):
@@ -50,6 +52,12 @@ class KframeError(Exception):
         self.what = what
         self.kept = kept
         self.hint = hint
+
+    def retold(self, *, kept: str, hint: str) -> Self:
+        """The same error where something else was kept, and something else can be done."""
+        told = copy.copy(self)
+        KframeError.__init__(told, self.what, kept=kept, hint=hint)
+        return told
 
 
 class Retryable(KframeError):
@@ -188,7 +196,22 @@ class LocalKafkaError(Fatal):
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is Ctrl-C, also in the form in which DuckDB raises it."""
-    return isinstance(error, KeyboardInterrupt) or (
-        type(error).__name__ in ("RuntimeError", "InterruptException") and "interrupted" in str(error).lower()
+    """Whether it is Ctrl-C, also in the forms in which DuckDB raises it."""
+    return (
+        isinstance(error, KeyboardInterrupt)
+        or (type(error) is RuntimeError and str(error) == "Query interrupted")
+        or type(error).__name__ == "InterruptException"
     )
+
+
+@contextlib.contextmanager
+def interruptible(outcome: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside the block comes out as a KeyboardInterrupt with a note that says how things stand."""
+    try:
+        yield
+    except BaseException as raised:
+        if not is_interrupt(raised):
+            raise
+        error = KeyboardInterrupt()
+        error.add_note(f"kframe: interrupted; {outcome()}")
+        raise error from None

@@ -86,7 +86,10 @@ def _fetch_all(jars: list[Jar], folder: Path, progress: bool) -> None:
     with (
         ThreadPoolExecutor(_AT_ONCE) as pool,
         tqdm(
-            total=len(jars), desc=f"Apache Kafka {KAFKA_VERSION}", unit=" jars", disable=not progress
+            total=len(jars),
+            desc=f"Apache Kafka {KAFKA_VERSION}",
+            unit=" jars",
+            disable=None if progress else True,
         ) as bar,
     ):
         tasks = [pool.submit(_fetch, jar, folder) for jar in jars]

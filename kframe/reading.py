@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from kframe.commit.ledger import Ledger
-from kframe.errors import KframeError
+from kframe.errors import KframeError, interruptible
 from kframe.markup import text
 from kframe.model import TopicPartition
 from kframe.transform.frames import to_pandas
@@ -69,40 +70,87 @@ class Result:
         return f"batch {self.batch_id}" if self.batch_id >= 0 else "before the first batch"
 
 
-def query(ledger: Ledger, sql: str, parameters: object = None) -> Result:
+@interruptible(lambda: "the query has ended; sql() and read() change nothing.")
+def query(
+    ledger: Ledger,
+    sql: str,
+    parameters: object = None,
+    unmade: Callable[[], Mapping[str, pa.Schema | None]] = dict,
+) -> Result:
     """Run one read-only statement and read the positions in the same snapshot.
 
     Ctrl-C interrupts the statement, also a long one, and leaves every connection usable.
 
+    Parameters
+    ----------
+    unmade : callable
+        The declared tables that no batch has made yet, with their columns where these are known: then they
+        are read as empty. Asked only when a table is missing.
+
     Raises
     ------
     KframeError
-        The statement would write, or the tables are being restored.
+        The statement would write, reads a table that does not exist yet and has no known columns, or the
+        tables are being restored.
     """
 
-    def read(cur: duckdb.DuckDBPyConnection) -> Result:
-        cur.execute("BEGIN TRANSACTION READ ONLY")
-        try:
-            ledger.check_whole(cur)
-            table = cur.sql(sql, params=parameters).to_arrow_table()
-            at = {tp: p.offset for tp, p in ledger.positions(cur).items()}
-            rows = cur.execute(
-                "SELECT next_batch_id - 1 FROM _kframe.pipelines WHERE name = ?", [ledger.pipeline]
-            ).fetchall()
-        except duckdb.TransactionException as error:
-            if "read-only" in str(error):
-                raise KframeError(
-                    "sql() only reads; tables change by batches alone.",
-                    kept="Nothing was changed.",
-                    hint="Use side_table() for data of your own.",
-                ) from None
-            raise
-        finally:
-            cur.execute("ROLLBACK")
-        return Result(table, int(rows[0][0]) if rows else -1, at)
+    def run(empty: Mapping[str, pa.Table]) -> Result:
+        result: Result = _interruptible(
+            ledger.store.cursor(), lambda cur: _read(cur, ledger, sql, parameters, empty)
+        )
+        return result
 
-    result: Result = _interruptible(ledger.store.cursor(), read)
-    return result
+    try:
+        return run({})
+    except duckdb.CatalogException:
+        declared = unmade()
+    try:
+        return run({t: columns.empty_table() for t, columns in declared.items() if columns is not None})
+    except duckdb.CatalogException as error:
+        told = str(error).casefold()
+        for table in declared:
+            if f"name {table.casefold()} does not exist" in told:
+                raise _unmade(table) from None
+        raise
+
+
+def _read(
+    cur: duckdb.DuckDBPyConnection,
+    ledger: Ledger,
+    sql: str,
+    parameters: object,
+    empty: Mapping[str, pa.Table],
+) -> Result:
+    for name, rows in empty.items():
+        cur.register(name, rows)
+    cur.execute("BEGIN TRANSACTION READ ONLY")
+    try:
+        ledger.check_whole(cur)
+        table = cur.sql(sql, params=parameters).to_arrow_table()
+        at = {tp: p.offset for tp, p in ledger.positions(cur).items()}
+        batch_id = cur.execute(
+            "SELECT next_batch_id - 1 FROM _kframe.pipelines WHERE name = ?", [ledger.pipeline]
+        ).fetchall()
+    except duckdb.TransactionException as error:
+        if "read-only" in str(error):
+            raise KframeError(
+                "sql() only reads; tables change by batches alone.",
+                kept="Nothing was changed.",
+                hint="Use side_table() for data of your own.",
+            ) from None
+        raise
+    finally:
+        cur.execute("ROLLBACK")
+        cur.close()
+    return Result(table, int(batch_id[0][0]) if batch_id else -1, at)
+
+
+def _unmade(table: str) -> KframeError:
+    return KframeError(
+        f"Table {table!r} is declared, but no batch has made it yet, and its columns are not known before.",
+        kept="Nothing was changed.",
+        hint=f"run() or start() makes it; preview({table!r}) shows what its step would make.",
+    )
 
 
 def _interruptible(cur: duckdb.DuckDBPyConnection, read: Any) -> Any:
@@ -119,11 +167,12 @@ def _interruptible(cur: duckdb.DuckDBPyConnection, read: Any) -> Any:
             outcome.append((None, error))
         ended.set()
 
-    threading.Thread(target=work, name="kframe-read", daemon=True).start()
     try:
+        threading.Thread(target=work, name="kframe-read", daemon=True).start()
         ended.wait()
     except KeyboardInterrupt:
-        cur.interrupt()
+        with contextlib.suppress(duckdb.Error):  # it may have ended and closed the cursor by now
+            cur.interrupt()
         ended.wait(5)
         raise
     result, error = outcome[0]

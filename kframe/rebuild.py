@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from kframe.batch.decode import Decoder
 from kframe.commit.ledger import Ledger
 from kframe.commit.store import Store, open_store, quote, registered
-from kframe.commit.transaction import transaction
+from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.engine import Engine
-from kframe.errors import DefinitionError, LostRange
+from kframe.errors import DefinitionError, LostRange, interruptible
 from kframe.executors.local import LocalExecutor
 from kframe.model import Limits, OffsetRange, Position, TopicPartition
 from kframe.sinks.table import drop, prepare
@@ -29,6 +31,7 @@ def rebuild(
     decoders: dict[str, Decoder],
     limits: Limits,
     written: Sequence[str],
+    progress: bool,
 ) -> int:
     """Run `step` alone over everything up to the ledger's positions, then put its table in place.
 
@@ -36,6 +39,8 @@ def rebuild(
     ----------
     written : sequence of str
         Tables that the pipeline's other steps write; their past rows are not known any more.
+    progress : bool
+        Show a bar over the records.
 
     Returns
     -------
@@ -50,6 +55,21 @@ def rebuild(
         The log no longer goes back to the first record. The old table stands.
     """
     _check_inputs(step, written)
+    swapped = threading.Event()
+    with interruptible(lambda: _outcome(step.name, swapped.is_set())):
+        return _rebuilt(store, ledger, source, step, decoders, limits, progress, swapped)
+
+
+def _rebuilt(
+    store: Store,
+    ledger: Ledger,
+    source: Source,
+    step: Step,
+    decoders: dict[str, Decoder],
+    limits: Limits,
+    progress: bool,
+    swapped: threading.Event,
+) -> int:
     stops = {tp: p.offset for tp, p in ledger.positions().items() if tp.topic in decoders}
     starts = {tp: start for tp, start in ledger.first_positions().items() if tp in stops}
     earliest = source.offsets(stops, "earliest")
@@ -63,15 +83,36 @@ def rebuild(
             _copy_side_tables(store, shadow, step)
             engine = _engine(shadow, ledger.pipeline, source, step, decoders, limits, starts, stops)
             try:
-                while not engine.done:
-                    engine.run_batch()
+                _run(engine, step.name, progress)
             finally:
                 engine.close()
-            _swap(store, ledger, shadow, step, {t: d.empty().schema for t, d in decoders.items()})
+            with interrupts_deferred():
+                _swap(store, ledger, shadow, step, {t: d.empty().schema for t, d in decoders.items()})
+                swapped.set()
             return engine.rows
         finally:
             source.close()
             shadow.close()
+
+
+def _run(engine: Engine, table: str, progress: bool) -> None:
+    total = sum(stop - engine.positions[tp].offset for tp, stop in (engine.stops or {}).items())
+    with tqdm(
+        total=total,
+        desc=f"rebuild {table}",
+        unit=" records",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
+        while not engine.done:
+            report = engine.run_batch()
+            bar.update(sum(r.stop - r.start for r in report.ranges) if report else 0)
+
+
+def _outcome(table: str, swapped: bool) -> str:
+    if swapped:
+        return f"the rebuild had finished: {table!r} is the new one."
+    return f"the rebuild was given up: {table!r} is as it was."
 
 
 def _check_inputs(step: Step, written: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from kframe.batch.infer import infer_schema
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
 from kframe.commit.store import Store
-from kframe.commit.transaction import transaction
+from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.config import Options
 from kframe.definition import Definition, Topic
 from kframe.deliver.deliverer import Deliveries
@@ -183,8 +183,9 @@ class Run:
             raise error from None
         finally:
             self._stop.set()
-            self._close()
-            self.ended.set()
+            with interrupts_deferred():  # a second Ctrl-C would leave the source open
+                self._close()
+                self.ended.set()
 
     def _serve(self, work: Callable[[Engine], None], targets: Sequence[Target]) -> None:
         self.engine = self._prepare(targets)
@@ -396,7 +397,7 @@ class Run:
         for topic, (topic_id, _) in known.items():
             if topic in infos and topic_id != infos[topic].topic_id:
                 raise recreated(topic, topic_id or "?", infos[topic].topic_id)
-        schemas = {t: self._schema(self._definition.topics[t], infos[t], known) for t in topics}
+        schemas = {t: schema_of(self._source, self._definition.topics[t], infos[t], known) for t in topics}
         missing = self._missing_positions(infos, known)
         cluster_id = self._source.cluster_id()
         outlets = self._outlets()
@@ -436,31 +437,6 @@ class Run:
 
     def _stopped(self) -> bool:
         return self._stop.is_set() or not self._unpaused.is_set() or self._deposed()
-
-    def _schema(
-        self,
-        topic: Topic,
-        info: TopicInfo,
-        known: Mapping[str, tuple[str | None, dict[str, str] | None]],
-    ) -> Schema:
-        """The declared schema, or the one pinned in the ledger, or one inferred from the first records."""
-        pinned = known.get(topic.name, (None, None))[1]
-        if topic.schema is not None:
-            if topic.on_new_field == "add" and pinned is not None:
-                return topic.schema.with_fields(
-                    {k: v for k, v in pinned.items() if k not in topic.schema.to_dict()}
-                )
-            return topic.schema
-        if pinned is not None:
-            return Schema.parse(pinned)
-        values = first_values(self._source, topic.name, info)
-        if not values:
-            raise ConfigError(
-                f"Topic {topic.name!r} is empty, so its schema cannot be inferred.",
-                kept="Nothing was changed.",
-                hint='Give one: topic("...", schema={"column": "type"}), or run again once it holds records.',
-            )
-        return infer_schema(values, topic.format)
 
     def _missing_positions(
         self, infos: Mapping[str, TopicInfo], known: Mapping[str, object]
@@ -521,6 +497,32 @@ class Run:
             "the old one. To compute them anew: pipeline.rebuild(name).",
             stacklevel=2,
         )
+
+
+def schema_of(
+    source: Source,
+    topic: Topic,
+    info: TopicInfo,
+    known: Mapping[str, tuple[str | None, dict[str, str] | None]],
+) -> Schema:
+    """The declared schema, or the one pinned in the ledger, or one inferred from the first records."""
+    pinned = known.get(topic.name, (None, None))[1]
+    if topic.schema is not None:
+        if topic.on_new_field == "add" and pinned is not None:
+            return topic.schema.with_fields(
+                {k: v for k, v in pinned.items() if k not in topic.schema.to_dict()}
+            )
+        return topic.schema
+    if pinned is not None:
+        return Schema.parse(pinned)
+    values = first_values(source, topic.name, info)
+    if not values:
+        raise ConfigError(
+            f"Topic {topic.name!r} is empty, so its schema cannot be inferred.",
+            kept="Nothing was changed.",
+            hint='Give one: topic("...", schema={"column": "type"}), or run again once it holds records.',
+        )
+    return infer_schema(values, topic.format)
 
 
 def first_values(source: Source, topic: str, info: TopicInfo) -> list[bytes]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,8 @@ from tqdm.auto import tqdm
 
 from kframe.batch.decode import Decoder
 from kframe.batch.infer import infer_schema
-from kframe.errors import ConfigError, KframeError
+from kframe.commit.transaction import interrupts_deferred
+from kframe.errors import ConfigError, KframeError, interruptible
 from kframe.model import Position, TopicPartition
 from kframe.run import first_values
 from kframe.schema import Schema
@@ -28,6 +32,8 @@ from kframe.transform.frames import to_pandas
 _INCLUDE = ("partition", "offset", "timestamp", "key")
 _PRODUCE_ROWS = 50_000
 _TIMEOUT_S = 60.0
+_CLOSE_S = 10.0
+_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Peek:
     topic: str
     frame: pd.DataFrame
     schema: Schema
+    format: str = "json"
 
     def __repr__(self) -> str:
         return f"{self.frame}\n\n{self._code()}"
@@ -47,10 +54,12 @@ class Peek:
         return f"{self.frame.to_html(index=False, escape=True, border=0)}<pre>{escape(self._code())}</pre>"
 
     def _code(self) -> str:
-        fields = json.dumps(self.schema.to_dict(), indent=4)
-        return f"topic({self.topic!r}, schema={fields})"
+        fields = json.dumps(self.schema.to_dict(), indent=4, ensure_ascii=False)
+        format_ = "" if self.format == "json" else f", format={self.format!r}"
+        return f"topic({self.topic!r}, schema={fields}{format_})"
 
 
+@interruptible(lambda: "the look has ended; no position is kept anywhere.")
 def peek(
     topic: str,
     *,
@@ -90,9 +99,10 @@ def peek(
     starts = {tp: Position(low[tp]) for tp in tps if low[tp] < stops[tp]}
     records = read_bounded(source, starts, stops)[topic].slice(0, n)
     frame = Decoder(topic, schema, format=format, include=_INCLUDE).decode(records).frame
-    return Peek(topic, to_pandas(frame), schema)
+    return Peek(topic, to_pandas(frame), schema, format)
 
 
+@interruptible(lambda: "nothing is kept of what was read, and no position anywhere.")
 def read(
     topic: str,
     *,
@@ -132,10 +142,8 @@ def read(
     decoder = Decoder(topic, _schema(source, topic, schema, format), format=format, include=tuple(include))
     frames, dead = [decoder.empty()], []
     total = sum(stops[tp] - p.offset for tp, p in positions.items())
-    with tqdm(
-        total=total, desc=topic, unit=" records", unit_scale=True, disable=None if progress else True
-    ) as bar:
-        for fetched in batches_between(source, positions, stops) if positions else ():
+    with _bar(topic, total, progress) as bar, closing(batches_between(source, positions, stops)) as batches:
+        for fetched in batches if positions else ():
             if topic in fetched.records:
                 decoded = decoder.decode(fetched.records[topic])
                 frames.append(decoded.frame)
@@ -178,6 +186,8 @@ def write(
     ------
     KframeError
         A record was refused. Without `transactional`, records before it may be in the topic.
+    KeyboardInterrupt
+        Its note says what is in the topic: with `transactional` all rows or none, else how many.
     """
     if key is not None and key not in frame.columns:
         raise ConfigError(
@@ -186,46 +196,109 @@ def write(
     settings = Settings(brokers, kafka_config)
     own = {"transactional_id": f"kframe-write-{uuid.uuid4()}"} if transactional else {}
     producer = ck.Producer(settings.producer(**own))
-    refused: list[str] = []
-    if transactional:
-        producer.init_transactions(_TIMEOUT_S)
-        producer.begin_transaction()
-    try:
-        with tqdm(
-            total=len(frame), desc=topic, unit=" records", unit_scale=True, disable=None if progress else True
-        ) as bar:
-            for first in range(0, len(frame), _PRODUCE_ROWS):
-                part = frame.iloc[first : first + _PRODUCE_ROWS]
-                _produce(producer, topic, part, key, refused)
-                bar.update(len(part))
-        if producer.flush(_TIMEOUT_S) or refused:
-            raise KframeError(
-                f"write({topic!r}): {refused[0] if refused else 'the brokers did not acknowledge in time'}",
-                kept="Nothing is visible." if transactional else "Some records may be in the topic.",
-            )
-        if transactional:
-            producer.commit_transaction(_TIMEOUT_S)
-    except BaseException:
-        if transactional:
-            producer.abort_transaction(_TIMEOUT_S)
-        raise
+    sent = _Sent(topic, len(frame), transactional)
+    with interruptible(sent.outcome):
+        try:
+            if transactional:
+                _init_transactions(producer)
+                producer.begin_transaction()
+            with _bar(topic, len(frame), progress) as bar:
+                for first in range(0, len(frame), _PRODUCE_ROWS):
+                    part = frame.iloc[first : first + _PRODUCE_ROWS]
+                    _produce(producer, topic, part, key, sent)
+                    bar.update(len(part))
+                sent.check(unanswered=_flush(producer))
+            if transactional:
+                with interrupts_deferred():  # what it does is told afterwards, and true
+                    producer.commit_transaction(_TIMEOUT_S)
+                    sent.committed = True
+        except BaseException:
+            if not sent.committed:
+                _give_up(producer, transactional)
+            raise
     return len(frame)
 
 
-def _produce(producer: Any, topic: str, frame: pd.DataFrame, key: str | None, refused: list[str]) -> None:
-    def delivered(error: Any, _message: Any) -> None:
-        if error is not None and not refused:
-            refused.append(error.str())
+@dataclass
+class _Sent:
+    """How far a `write` has come, by the brokers' answers."""
 
+    topic: str
+    rows: int
+    transactional: bool
+    acknowledged: int = 0
+    refused: str | None = None
+    committed: bool = False
+
+    def answered(self, error: Any, _record: Any) -> None:
+        """The brokers' answer to one record."""
+        if error is None:
+            self.acknowledged += 1
+        elif self.refused is None:
+            self.refused = str(error.str())
+
+    def check(self, *, unanswered: int) -> None:
+        """Raises `KframeError` unless every record was acknowledged."""
+        if unanswered or self.refused:
+            raise KframeError(
+                f"write({self.topic!r}): {self.refused or 'the brokers did not acknowledge in time'}",
+                kept="Nothing is visible." if self.transactional else "Some records may be in the topic.",
+            )
+
+    def outcome(self) -> str:
+        """What an interrupt has left."""
+        if self.committed:
+            return f"the transaction had committed: all {self.rows:,} rows are in {self.topic!r}."
+        if self.transactional:
+            return f"the transaction was rolled back: nothing of it is visible in {self.topic!r}."
+        return f"{self.acknowledged:,} of {self.rows:,} rows are in {self.topic!r}."
+
+
+def _init_transactions(producer: Any) -> None:
+    """In short waits: the client holds Ctrl-C back in each of them."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            producer.init_transactions(_WAIT_S)
+            return
+        except ck.KafkaException as error:
+            if not error.args[0].retriable() or time.monotonic() > deadline:
+                raise
+
+
+def _flush(producer: Any) -> int:
+    """Wait, in short waits, while records are being answered; how many were not in a minute."""
+    left, deadline = len(producer), time.monotonic() + _TIMEOUT_S
+    while (now_left := producer.flush(_WAIT_S)) and time.monotonic() < deadline:
+        if now_left < left:
+            left, deadline = now_left, time.monotonic() + _TIMEOUT_S
+    return int(now_left)
+
+
+def _give_up(producer: Any, transactional: bool) -> None:
+    """Roll back, or at least wait for the answers to what has left, so that they can be counted."""
+    with interrupts_deferred(), contextlib.suppress(ck.KafkaException):
+        producer.purge(in_flight=False)
+        if transactional:
+            producer.abort_transaction(_CLOSE_S)
+        else:
+            producer.flush(_CLOSE_S)
+
+
+def _produce(producer: Any, topic: str, frame: pd.DataFrame, key: str | None, sent: _Sent) -> None:
     keys = [None] * len(frame) if key is None else [None if pd.isna(k) else str(k) for k in frame[key]]
     for value, record_key in zip(json_lines(frame), keys, strict=True):
         while True:
             try:
-                producer.produce(topic, value=value, key=record_key, on_delivery=delivered)
+                producer.produce(topic, value=value, key=record_key, on_delivery=sent.answered)
                 break
             except BufferError:
                 producer.poll(0.1)
     producer.poll(0)
+
+
+def _bar(topic: str, total: int, progress: bool) -> Any:
+    return tqdm(total=total, desc=topic, unit=" records", unit_scale=True, disable=None if progress else True)
 
 
 def json_lines(frame: pd.DataFrame) -> list[str]:

@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 
 from kframe.commit.store import Store, registered
-from kframe.errors import DefinitionError, Fenced, Restoring
+from kframe.errors import ConfigError, DefinitionError, Fenced, Restoring
 from kframe.model import BatchReport, OffsetRange, Position, TopicPartition
 
 Cursor = duckdb.DuckDBPyConnection
@@ -231,6 +231,24 @@ class Ledger:
                 self.epoch,
             )
         )
+
+    def batch(self, batch_id: int) -> tuple[tuple[OffsetRange, ...], int]:
+        """The ranges of a committed batch, and how many records they held.
+
+        Raises
+        ------
+        ConfigError
+            There is no such batch, or it read nothing from the log.
+        """
+        found = self._read(
+            "SELECT ranges, rows FROM _kframe.batches WHERE pipeline = ? AND batch_id = ?", batch_id
+        )
+        if not found or not found[0][0]:
+            why = (
+                "read nothing from the log: it tried dead letters again" if found else "is not in the ledger"
+            )
+            raise ConfigError(f"Batch {batch_id} {why}.", hint="pipeline.batches() lists the last ones.")
+        return tuple(OffsetRange(**r) for r in found[0][0]), int(found[0][1])
 
     # ---- dead letters and gaps ----------------------------------------------------------------------
 

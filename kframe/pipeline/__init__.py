@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from kframe.commit.store import quote
 from kframe.commit.transaction import transaction
-from kframe.errors import ConfigError, DefinitionError
+from kframe.errors import ConfigError, DefinitionError, interruptible
 from kframe.model import RECORDS, Fetched, RunReport
 from kframe.pipeline.showing import Showing
 from kframe.rebuild import rebuild
@@ -117,12 +117,25 @@ class Pipeline(Showing):
         kept = dead.filter(pc.is_valid(dead["value"]))
         topics = kept["topic"].unique().to_pylist()
         records = {t: _as_records(kept.filter(pc.equal(kept["topic"], t))) for t in topics}
-        return run.retry(Fetched((), records))
+        before = self._ledger.next_batch_id()
 
-    def rebuild(self, table: str) -> int:
+        def outcome() -> str:
+            done = self._ledger.next_batch_id() > before
+            return f"the retry {'had committed' if done else 'was rolled back'}."
+
+        with interruptible(outcome):
+            return run.retry(Fetched((), records))
+
+    def rebuild(self, table: str, *, progress: bool = True) -> int:
         """Compute one table anew from the retained log, under its definition of now, and swap it in at once.
 
         The log is read up to the stored positions, which stay; so do the other tables.
+
+        Parameters
+        ----------
+        table : str
+        progress : bool
+            A bar over the records, on a terminal or in a notebook.
 
         Returns
         -------
@@ -135,6 +148,8 @@ class Pipeline(Showing):
             No step makes `table`, or it reads another step's table, whose past is not kept.
         LostRange
             The log no longer goes back to the first record. Nothing has changed.
+        KeyboardInterrupt
+            Its note says whether the new table is in place or the old one.
         """
         self.stop()
         steps = {s.name: s for s in self._definition.steps if s.name in self._definition.tables}
@@ -149,6 +164,7 @@ class Pipeline(Showing):
             {t: self._definition.topics[t].decoder(self.schema(t)) for t in step.topics},
             self._options.limits,
             list(steps),
+            progress,
         )
 
     def rewind(self, to: str = "earliest") -> None:

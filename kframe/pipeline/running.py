@@ -15,7 +15,7 @@ from kframe.commit.ledger import Ledger
 from kframe.commit.store import Store, open_store
 from kframe.config import Options, options_of
 from kframe.definition import Definition
-from kframe.errors import ConfigError, Fenced, KframeError
+from kframe.errors import ConfigError, Fenced, KframeError, interruptible
 from kframe.executors.local import Executor
 from kframe.model import RunReport
 from kframe.pipeline.delivering import Delivering
@@ -113,6 +113,7 @@ class Running(Delivering):
         """Go on after `pause`."""
         self._current("resume()").resume()
 
+    @interruptible(lambda: "the run ends after its running batch, in the background.")
     def stop(self) -> None:
         """End the run after its running batch, and wait for that. Nothing to do is no error.
 
@@ -126,6 +127,7 @@ class Running(Delivering):
             run.ended.wait()
             self._thread = None
 
+    @interruptible(lambda: "the pipeline goes on in the background; stop() ends it.")
     def wait(self, timeout: float | None = None) -> RunReport:
         """Wait for the background run to end.
 

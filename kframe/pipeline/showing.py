@@ -8,12 +8,13 @@ from kframe.markup import card, heading
 from kframe.notebook.live import LiveView
 from kframe.notebook.page import page
 from kframe.notebook.panel import Action, settle, show
-from kframe.pipeline.running import Running, _pipelines
+from kframe.pipeline.exploring import Exploring
+from kframe.pipeline.running import _pipelines
 from kframe.reading import Result, query
 from kframe.status import Status, status_of
 
 
-class Showing(Running):
+class Showing(Exploring):
     """The part of `Pipeline` that people look at."""
 
     def status(self) -> Status:
@@ -27,9 +28,16 @@ class Showing(Running):
         Returns
         -------
         Result
-            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names.
+            ``.df()``, ``.arrow()``; all rows are of one snapshot, whose positions it names. A declared table
+            that no batch has made yet is empty, where its columns are known: of `land`, `aggregate` and
+            `sql_table` over a topic with a schema.
+
+        Raises
+        ------
+        KframeError
+            The query would write, or reads a table that no batch has made and whose columns are not known.
         """
-        return query(self._ledger, query_text, parameters)
+        return query(self._ledger, query_text, parameters, self._unmade)
 
     def live(
         self, query_text: str, *, chart: str | None = None, title: str | None = None, rows: int = 20

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 
 import pyarrow as pa
 
@@ -18,8 +19,11 @@ def batches_between(
     positions: Mapping[TopicPartition, Position],
     stops: Mapping[TopicPartition, int],
     limits: Limits = _LIMITS,
-) -> Iterator[Fetched]:
-    """The records of ``[position, stop)`` of every partition, batch after batch, to the end."""
+) -> Generator[Fetched, None, None]:
+    """The records of ``[position, stop)`` of every partition, batch after batch, to the end.
+
+    Close it: an error's traceback would keep it, and the source's thread, alive.
+    """
     at = dict(positions)
     source.start(at, stops, limits)
     try:
@@ -36,7 +40,8 @@ def read_bounded(
 ) -> dict[str, pa.Table]:
     """The records of ``[position, stop)`` of every partition, by topic."""
     parts: dict[str, list[pa.Table]] = {}
-    for fetched in batches_between(source, positions, stops):
-        for topic, records in fetched.records.items():
-            parts.setdefault(topic, []).append(records)
+    with closing(batches_between(source, positions, stops)) as batches:
+        for fetched in batches:
+            for topic, records in fetched.records.items():
+                parts.setdefault(topic, []).append(records)
     return {topic: pa.concat_tables([RECORDS.empty_table(), *tables]) for topic, tables in parts.items()}

@@ -151,6 +151,10 @@ class KafkaSource:
             self._ends = self.ends()
             self._reader = None
 
+    def beside(self) -> KafkaSource:
+        """A source with clients of its own."""
+        return KafkaSource(self._settings, group_id=self._group_id, headers=self._headers)
+
     # ---- trouble ------------------------------------------------------------------------------------
 
     def _on_error(self, error: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,6 +201,10 @@ class MemorySource:
 
     def close(self) -> None:
         """Nothing to close."""
+
+    def beside(self) -> MemorySource:
+        """The same logs, with stops and limits of its own."""
+        return copy.copy(self)
 
     def _has_more(self, plan: tuple[OffsetRange, ...]) -> bool:
         return any(self._logs[r.topic][r.partition].end > r.start for r in plan)

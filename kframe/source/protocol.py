@@ -68,3 +68,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Stop reading. Idempotent; `start` may follow."""
+
+    def beside(self) -> Source:
+        """Another source on the same log, which one more thread may read while this one is in use."""

@@ -72,7 +72,7 @@ def from_pandas(frame: pd.DataFrame, step: str) -> pa.Table:
             f"Step {step!r} returned a {type(frame).__name__}, not a DataFrame.",
             hint="Return a DataFrame (or None for no rows); Series.to_frame() makes one.",
         )
-    frame = _index_as_columns(frame, step)
+    frame = index_as_columns(frame, step)
     _check_columns(frame, step)
     _check_values(frame, step)
     try:
@@ -109,7 +109,8 @@ def _column(table: pa.Table, i: int) -> pd.DataFrame:
     return frame
 
 
-def _index_as_columns(frame: pd.DataFrame, step: str) -> pd.DataFrame:
+def index_as_columns(frame: pd.DataFrame, step: str) -> pd.DataFrame:
+    """A named index as columns; an unnamed one is left. Raises `SchemaError` where a column has its name."""
     if all(name is None for name in frame.index.names):
         return frame
     try:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from kframe.errors import DefinitionError, SchemaError
 from kframe.model import PROVENANCE, Change
-from kframe.transform.frames import from_pandas, to_pandas
+from kframe.transform.frames import from_pandas, index_as_columns, to_pandas
 
 DELETED = "_tombstone"
 """A boolean column of a keyed step's result: True removes the key's row. Never stored."""
@@ -118,8 +118,7 @@ class RowStep:
     def _checked(self, result: pd.DataFrame) -> pa.Table:
         if not self.key or not isinstance(result, pd.DataFrame):
             return from_pandas(result, self.name)
-        if any(name is not None for name in result.index.names):
-            result = result.reset_index()
+        result = index_as_columns(result, self.name)
         missing = [k for k in self.key if k not in result.columns]
         if missing:
             raise SchemaError(

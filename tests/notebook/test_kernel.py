@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
@@ -120,3 +121,70 @@ ended = shop._run.ended.wait(20)
     told, error = run(kernel, "shop.wait()")
     assert error == "StepError"
     assert "Step 'broken' raised AttributeError" in told
+
+
+def test_the_stop_button_while_exploring_says_what_was_kept(kernel: Kernel, tmp_path: Path) -> None:
+    """Kills: a preview, a rebuild or a replay that takes the pipeline's source or file with it."""
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    slow = """
+slow = threading.Event()
+
+@shop.table("slow", inputs=["orders"])
+def slowly(batch):
+    if slow.is_set():
+        print("inside", flush=True)
+        threading.Event().wait(30)
+    return batch
+
+shop.run()
+slow.set()
+"""
+    run(kernel, slow)
+    told, error = run(kernel, "shop.preview('slow', n=3)", interrupt_at="inside")
+    assert error == "KeyboardInterrupt"
+    assert "previews commit nothing" in told
+    told, error = run(kernel, "shop.rebuild('slow')", interrupt_at="inside")
+    assert error == "KeyboardInterrupt"
+    assert "'slow' is as it was" in told
+    again = """
+slow.clear()
+print(len(shop.read('slow')), shop.rebuild('slow'), len(shop.preview('slow', n=3)), len(shop.replay(0)))
+"""
+    told = run(kernel, again)
+    assert told[0].splitlines()[-1] == "10 10 3 10"
+    assert told[1] == ""
+
+
+def test_a_second_stop_while_the_first_is_at_work_still_ends_the_run(kernel: Kernel, tmp_path: Path) -> None:
+    """Kills: a source that stays open, and a run that never ends, when the clean-up is interrupted."""
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    slow = """
+close = log.close
+def slow_close():
+    print("closing", flush=True)
+    ended.wait(1)
+    close()
+    closed.set()
+closed, ended = threading.Event(), threading.Event()
+log.close = slow_close
+shop.table("broken", inputs=["orders"])(lambda batch: batch.nothing)
+shop.run(progress=False)
+"""
+    assert run(kernel, slow, interrupt_at="closing")[1] == "KeyboardInterrupt"
+    told = run(kernel, "print(closed.is_set(), shop._run.ended.is_set(), shop.status().state)")
+    assert told == ("True True failed\n", "")
+
+
+def test_long_work_shows_the_notebooks_bar(kernel: Kernel, tmp_path: Path) -> None:
+    """Kills: a bar that is silent in a notebook, where the output is no terminal."""
+    pytest.importorskip("ipywidgets")
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    for call in ("shop.run()", "shop.rebuild('rows')"):
+        shown: list[str] = []
+
+        def see(message: dict[str, Any], shown: list[str] = shown) -> None:
+            if message["msg_type"] == "display_data":
+                shown.extend(message["content"]["data"])
+
+        kernel[1].execute_interactive(call, timeout=60, output_hook=see)
+        assert "application/vnd.jupyter.widget-view+json" in shown, call
