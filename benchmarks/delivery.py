@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
+from typing import Any
 
 import confluent_kafka as ck
 import pandas as pd
@@ -47,7 +48,7 @@ def job(brokers: str, system: str, batch_rows: int, records: int) -> None:
     out = f"out-{uuid.uuid4().hex[:8]}"
     kf.LocalKafka(brokers).create_topic(out, 4)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"batch_rows_max": batch_rows, "name": out}
+        options: dict[str, Any] = {"batch_rows_max": batch_rows, "name": out}
         if system != "no output":
             options["processing_guarantee"] = system
         shop = kf.Pipeline(f"{folder}/shop.duckdb", brokers=brokers, **options)
