@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kframe.commit.store import MEMORY_LIMIT
 from kframe.errors import ConfigError
 from kframe.model import Limits
 from kframe.source.protocol import Start
@@ -27,6 +29,7 @@ class Options:
     on_definition_change: str = "warn"
     snapshot_to: str | None = None
     standby: bool = False
+    memory_limit: str = MEMORY_LIMIT
 
     def __post_init__(self) -> None:
         for name in ("commit_interval_ms", "batch_rows_max", "batch_bytes_max"):
@@ -36,6 +39,8 @@ class Options:
         if not 0 <= self.dead_letters_max_ratio <= 1:
             raise ConfigError(f"dead_letters_max_ratio={self.dead_letters_max_ratio!r} is not in [0, 1].")
         _one_of("processing_guarantee", self.processing_guarantee, GUARANTEES)
+        if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", str(self.memory_limit)):
+            raise ConfigError(f"memory_limit={self.memory_limit!r} is no size.", hint='Such as "2GB".')
         if self.standby and self.processing_guarantee != "exactly_once":
             raise ConfigError("standby=True publishes tables and positions together: it needs exactly_once.")
         _one_of("on_lost_range", self.on_lost_range, ("stop", "skip"))

@@ -66,6 +66,9 @@ _SETTINGS = (
     "SET lock_configuration = true",
 )
 
+MEMORY_LIMIT = "2GB"
+"""DuckDB's own default, 80 % of the machine, lets a table that grows fill the memory with its blocks."""
+
 _stores: dict[str, Store] = {}
 _stores_lock = threading.Lock()
 
@@ -77,15 +80,16 @@ class Store:
     process in, and a sidecar lock file (``<file>.lock``) says who the owner is.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, memory_limit: str) -> None:
         self.path = path
+        self._memory_limit = memory_limit
         self.pid = os.getpid()
         self._lock_file = _lock(path)
         self._users: list[object] = []
         self._lock = threading.Lock()
         self._steady = 0
         try:
-            self._con = _connect(path)
+            self._con = _connect(path, memory_limit)
         except BaseException:
             self._lock_file.close()
             raise
@@ -130,7 +134,7 @@ class Store:
         """Open the file again after DuckDB has invalidated the connection. Old cursors are dead."""
         with contextlib.suppress(duckdb.Error):
             self._con.close()
-        self._con = _connect(self.path)
+        self._con = _connect(self.path, self._memory_limit)
 
     def close(self) -> None:
         """Close the file and give up its lock. Idempotent."""
@@ -159,6 +163,9 @@ class Store:
                 return False
             try:
                 self.cursor().execute("CHECKPOINT")
+            except (duckdb.FatalException, duckdb.InternalException):  # DuckDB has given the file up
+                self.reopen()
+                return False
             except duckdb.Error:
                 return False
             return True
@@ -190,7 +197,7 @@ class Store:
         os.replace(
             copy, self.path
         )  # the closed file has no write-ahead log left to be taken for the new one's
-        self._con = _connect(self.path)
+        self._con = _connect(self.path, self._memory_limit)
         return before, os.path.getsize(self.path)
 
     def snapshot(self, target: str | os.PathLike[str]) -> None:
@@ -219,8 +226,14 @@ class Store:
         os.replace(beside, target)
 
 
-def open_store(path: str | os.PathLike[str]) -> Store:
+def open_store(path: str | os.PathLike[str], memory_limit: str = MEMORY_LIMIT) -> Store:
     """The process's one `Store` for a file, opened when it is not open yet.
+
+    Parameters
+    ----------
+    path : path
+    memory_limit : str
+        What DuckDB may hold in memory of the file and of queries; beyond it they spill to disk.
 
     Raises
     ------
@@ -233,7 +246,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     with _stores_lock:
         store = _stores.get(real)
         if store is None or store.pid != os.getpid():
-            store = _stores[real] = Store(real)
+            store = _stores[real] = Store(real, memory_limit)
         return store
 
 
@@ -261,9 +274,10 @@ def _snapshot_folder(path: str) -> str:
     return path + ".snapshot"
 
 
-def _connect(path: str) -> duckdb.DuckDBPyConnection:
+def _connect(path: str, memory_limit: str) -> duckdb.DuckDBPyConnection:
     try:
         con = duckdb.connect(path)
+        con.execute(f"SET memory_limit = {_literal(memory_limit)}")
         con.execute(f"SET allowed_directories = [{_literal(_snapshot_folder(path))}]")
         for setting in _SETTINGS:
             con.execute(setting)

@@ -50,6 +50,8 @@ class Pipeline(Showing):
     snapshot_to : path, optional
         A copy of the file for other processes, replaced atomically after commits (at most once a second,
         and seldom enough to cost less than a tenth of the time), and at the end of a run.
+    memory_limit : str
+        What DuckDB may hold in memory; larger queries spill to disk. Set by the first pipeline of a file.
     standby : bool
         Publish every batch's changes and positions to a compacted changelog topic, and join the group of this
         pipeline's instances: one is active, the others follow it and take over. Each has a file of its own.

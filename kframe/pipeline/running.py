@@ -56,7 +56,7 @@ class Running(Delivering):
         self._run: Run | None = None
         self._thread: threading.Thread | None = None
         self._replaced = False
-        self._store = _take_over(self, path)
+        self._store = _take_over(self, path, self._options.memory_limit)
         self._ledger = Ledger(self._store, self.name)
         self._definition.side_tables = self._ledger.side_tables()
 
@@ -204,14 +204,14 @@ class Running(Delivering):
         return self._run
 
 
-def _take_over(pipeline: Running, path: str | os.PathLike[str]) -> Store:
+def _take_over(pipeline: Running, path: str | os.PathLike[str], memory_limit: str) -> Store:
     """Open the file for `pipeline`; an older object of the same name in this process gives way."""
     key = (os.path.realpath(os.fspath(path)), pipeline.name)
     older = _pipelines.get(key)
     if older is not None and older._store.pid == os.getpid():
         older.stop()
         older._replaced = True
-    store = open_store(path)
+    store = open_store(path, memory_limit)
     store.use(pipeline)
     if older is not None:
         store.release(older)

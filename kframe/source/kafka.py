@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import confluent_kafka as ck
 from confluent_kafka.admin import AdminClient, OffsetSpec
@@ -20,6 +22,8 @@ from kframe.source.settings import Settings
 from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
+_LEADERLESS = {ck.KafkaError.NOT_LEADER_FOR_PARTITION, ck.KafkaError.LEADER_NOT_AVAILABLE}
+T = TypeVar("T")
 
 
 class KafkaSource:
@@ -86,7 +90,13 @@ class KafkaSource:
         if isinstance(at, Mapping):
             return {tp: offset_at(at, tp) for tp in tps}
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
-        spec = _offset_spec(at)
+        found = self._patiently(lambda: self._listed(tps, _offset_spec(at), isolation))
+        after_all = [tp for tp, offset in found.items() if offset < 0]  # no record at or after that time
+        return {**found, **self.offsets(after_all, "latest")} if after_all else found
+
+    def _listed(
+        self, tps: list[TopicPartition], spec: OffsetSpec, isolation: ck.IsolationLevel
+    ) -> dict[TopicPartition, int]:
         futures = self._ask(
             lambda: self._admin.list_offsets(
                 {ck.TopicPartition(tp.topic, tp.partition): spec for tp in tps},
@@ -94,12 +104,10 @@ class KafkaSource:
                 request_timeout=_ADMIN_TIMEOUT_S,
             )
         )
-        found = {
+        return {
             TopicPartition(tp.topic, tp.partition): int(self._ask(future.result).offset)
             for tp, future in futures.items()
         }
-        after_all = [tp for tp, offset in found.items() if offset < 0]  # no record at or after that time
-        return {**found, **self.offsets(after_all, "latest")} if after_all else found
 
     # ---- reading ------------------------------------------------------------------------------------
 
@@ -178,6 +186,17 @@ class KafkaSource:
             raise
         self._recovered()
         return answer
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Call again while partitions have no leader: new ones, and all for a moment when a broker ends."""
+        until, pause = time.monotonic() + _ADMIN_TIMEOUT_S, threading.Event()
+        while True:
+            try:
+                return call()
+            except ck.KafkaException as error:
+                if error.args[0].code() not in _LEADERLESS or time.monotonic() > until:
+                    raise
+            pause.wait(0.1)
 
     def _no_such_topic(self, topic: str) -> ConfigError:
         names = list(self._ask(lambda: self._admin.list_topics(timeout=_ADMIN_TIMEOUT_S)).topics)

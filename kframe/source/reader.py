@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -59,7 +60,7 @@ class Reader:
         self._drain = drain
         self._stops = stops
         self._limits = limits
-        self._chunk_rows = min(_CHUNK_ROWS, limits.rows_max)
+        self._chunk_rows = math.ceil(limits.rows_max / math.ceil(limits.rows_max / _CHUNK_ROWS))
         self._chunk_bytes = limits.bytes_max // _CHUNK_SHARE
         self._poll_s = min(_POLL_S, limits.interval_s / 4)
         self._alive = alive
