@@ -18,11 +18,13 @@ pytestmark = pytest.mark.broker
 MakeTopic = Callable[..., str]
 
 BEGIN = """
-import os, sys, threading
+import os, sys, threading, time
 import pandas as pd
 import kframe as kf
 import kframe.rebuild, kframe.standalone
 topic, brokers = sys.argv[1], os.environ["BROKERS"]
+
+kept = []
 
 def now():
     print("now", flush=True)
@@ -38,6 +40,7 @@ def interrupted(call):
         call()
     except KeyboardInterrupt as error:
         print("|".join(error.__notes__), flush=True)
+        kept.append(error)  # as a notebook keeps it, for its debugger
         return
     sys.exit("it was not interrupted")
 
@@ -96,15 +99,17 @@ def test_a_read_that_is_interrupted_leaves_no_thread_and_no_client(
     """Kills: the fetching thread and its consumer, kept alive by the error's traceback."""
     script = """
 kframe.standalone.tqdm, tqdm = Bar, kframe.standalone.tqdm
+made, make = [], kframe.standalone._source
+kframe.standalone._source = lambda *given: made.append(make(*given)) or made[-1]
 interrupted(lambda: kf.read(topic, brokers=brokers, schema={"n": "int64"}))
-print([name for name in threads() if "kframe" in name])
+print([name for name in threads() if "kframe" in name], [source._reader for source in made])
 kframe.standalone.tqdm = tqdm
 print(len(kf.read(topic, brokers=brokers, schema={"n": "int64"}, progress=False)))
 """
     told = interrupt(kafka, tmp_path, topic, script)
     assert told == [
         "kframe: interrupted; nothing is kept of what was read, and no position anywhere.",
-        "[]",
+        "[] [None]",
         "1000",
     ]
 
@@ -154,13 +159,20 @@ interrupted(lambda: kf.write(
 def test_a_write_without_a_broker_can_be_interrupted(kafka: kf.LocalKafka, tmp_path: Path) -> None:
     """Kills: a wait inside the client that holds Ctrl-C back for a minute."""
     script = """
-threading.Timer(1, now).start()
+def press():
+    began.append(time.monotonic())
+    now()
+
+began = []
+threading.Timer(1, press).start()
 config = {"log_level": 0}
 rows = pd.DataFrame({"n": [1]})
 interrupted(lambda: kf.write(rows, topic, brokers="127.0.0.1:1", transactional=True, kafka_config=config))
+print(time.monotonic() - began[0] < 30)
 """
-    (told,) = interrupt(kafka, tmp_path, "nowhere", script)
-    assert "the transaction was rolled back" in told
+    told = interrupt(kafka, tmp_path, "nowhere", script)
+    assert "the transaction was rolled back" in told[0]
+    assert told[1] == "True"
 
 
 def test_a_run_a_preview_and_a_rebuild_that_are_interrupted(
