@@ -11,7 +11,7 @@ import pyarrow as pa
 from kframe.batch.decode import Decoder
 from kframe.drawing import Drawing
 from kframe.engine import recreated
-from kframe.errors import ConfigError, DefinitionError, LostRange, interruptible
+from kframe.errors import ConfigError, DefinitionError, KframeError, LostRange, interruptible
 from kframe.explaining import explained
 from kframe.model import Decoded, OffsetRange, show_ranges
 from kframe.pipeline.running import Running
@@ -133,7 +133,7 @@ class Exploring(Running):
         try:
             frames = {t: self._definition.topics[t].decoder(self.schema(t)).empty() for t in step.topics}
             return preview(self._store, step, frames, ()).schema
-        except (ConfigError, DefinitionError):
+        except KframeError:
             return None
 
     def _source_beside(self) -> Source:

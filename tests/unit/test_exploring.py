@@ -9,6 +9,7 @@ import signal
 import threading
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import duckdb
@@ -291,6 +292,14 @@ def test_steps_that_read_each_other_are_drawn_too(tmp_path: Path) -> None:
         made.table("a", inputs=["orders", "b"])(lambda batch, b: batch)
         assert "orders, b -> <lambda>()" in repr(made.explain())
         ET.fromstring(made.explain().svg())
+
+
+def test_what_leaves_is_drawn_behind_its_table(tmp_path: Path) -> None:
+    with shop(tmp_path) as made:
+        made.aggregate("total", source="orders", by="sku", n=("qty", "size"))
+        leaves = SimpleNamespace(step="total", target="kafka", name="totals")
+        made._definition.outlets = {("kafka", "totals"): leaves}  # type: ignore[attr-defined]
+        assert repr(made.explain()).splitlines()[-1] == "  total -> totals (output, kafka)"
 
 
 def test_nothing_declared_is_drawn_as_nothing(tmp_path: Path) -> None:
