@@ -153,6 +153,7 @@ class Pipeline(Showing):
         KeyboardInterrupt
             Its note says whether the new table is in place or the old one.
         """
+        self._check_alone("rebuild()")
         self.stop()
         steps = {s.name: s for s in self._definition.steps if s.name in self._definition.tables}
         if table not in steps:
@@ -189,10 +190,19 @@ class Pipeline(Showing):
                 kept="Nothing was changed.",
                 hint='rewind("earliest") computes everything anew from the retained log.',
             )
+        self._check_alone("rewind()")
         self.stop()
         with transaction(self._store, lambda: False) as cur:
             for name in self._ledger.forget(cur):
                 drop(cur, name)
+
+    def _check_alone(self, what: str) -> None:
+        if self._options.standby:
+            raise ConfigError(
+                f"{what} changes this file alone, and other instances follow its changelog (standby=True).",
+                kept="Nothing was changed.",
+                hint="Compute anew under another name=, with files of their own.",
+            )
 
     def compact(self) -> tuple[int, int]:
         """Stop, and write the file anew without the space that updates and deletes have left in it.

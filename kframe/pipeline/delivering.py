@@ -144,6 +144,11 @@ class Delivering(Declaring):
         ConfigError
             The connection string or the mode is not usable.
         """
+        if self._options.standby:
+            raise DefinitionError(
+                "connect(): rows on their way to another store are in one instance's file alone (standby=True).",
+                hint="publish() the table, and connect a pipeline of its own that reads that topic.",
+            )
         target = connector(to, self.name, mode=mode, schema=schema)
         outlets = [Outlet(t, target.name, t, self._key_of(t), records=False) for t in tables]
         for outlet in outlets:

@@ -430,3 +430,29 @@ def _until(condition: object, seconds: float = 10) -> None:
             return
         pause.wait(0.01)
     raise AssertionError("it did not happen in time")
+
+
+def test_what_would_change_one_instance_alone_is_refused(tmp_path: Path) -> None:
+    with kf.Pipeline(tmp_path / "p.duckdb", brokers="127.0.0.1:1", standby=True) as made:
+        made.topic("orders", schema=SCHEMA)
+        made.land("orders")
+        for refused in (lambda: made.rebuild("orders"), made.rewind):
+            with pytest.raises(ConfigError, match="changes this file alone"):
+                refused()
+        with pytest.raises(DefinitionError, match="one instance's file"):
+            made.connect(tmp_path / "folder", tables=["orders"])
+    with pytest.raises(ConfigError, match="needs exactly_once"):
+        kf.Pipeline(tmp_path / "q.duckdb", brokers="b:1", standby=True, processing_guarantee="at_least_once")
+    with kf.Pipeline(tmp_path / "r.duckdb", source=orders(), standby=True) as made:
+        made.topic("orders", schema=SCHEMA)
+        made.land("orders")
+        with pytest.raises(ConfigError, match="brokers="):
+            made.run(progress=False)
+
+
+def test_a_size_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        kf.Pipeline(tmp_path / "p.duckdb", source=orders(), memory_limit="lots")
+    with shop(tmp_path, memory_limit="300MB") as made:
+        (limit,) = made.sql("SELECT current_setting('memory_limit')").fetchall()[0]
+        assert limit.startswith("286")
