@@ -146,7 +146,7 @@ class Delivering(Declaring):
         """
         if self._options.standby:
             raise DefinitionError(
-                "connect(): rows on their way to another store are in one instance's file alone (standby=True).",
+                "connect(): rows for another store wait in one instance's file alone (standby=True).",
                 hint="publish() the table, and connect a pipeline of its own that reads that topic.",
             )
         target = connector(to, self.name, mode=mode, schema=schema)
