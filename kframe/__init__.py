@@ -5,7 +5,7 @@ The layout, top to bottom; imports point down only::
     cli, demo                       commands
     magics                          %kframe
     pipeline                        what users touch
-    run, rebuild, reading, status   one run; a table anew; queries; what a run tells
+    run, taking_over, rebuild, ...  one run, and before it; a table anew; queries; what a run tells
     notebook, meter                 pages, live panels and results; rates
     standalone, replica             topics without a pipeline; a copy of another's tables
     definition, config              what a pipeline is made of; its options

@@ -21,12 +21,12 @@ from kframe.batch.infer import infer_schema
 from kframe.commit.transaction import interrupts_deferred
 from kframe.errors import ConfigError, KframeError, interruptible
 from kframe.model import Position, TopicPartition
-from kframe.run import first_values
 from kframe.schema import Schema
 from kframe.source.bounded import batches_between, read_bounded
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Start
 from kframe.source.settings import Settings
+from kframe.taking_over import first_values
 from kframe.transform.frames import to_pandas
 
 _INCLUDE = ("partition", "offset", "timestamp", "key")

@@ -16,8 +16,8 @@ from kframe.explaining import explained
 from kframe.model import Decoded, OffsetRange, show_ranges
 from kframe.pipeline.running import Running
 from kframe.preview import latest_records, preview, read_ranges
-from kframe.run import schema_of
 from kframe.source.protocol import Source, TopicInfo
+from kframe.taking_over import schema_of
 from kframe.transform.frames import to_pandas
 from kframe.transform.rows import RowStep, visible
 from kframe.transform.step import Step

@@ -12,9 +12,7 @@ Keys and values are JSON, every value a text, so that each DuckDB type comes bac
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +20,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kframe.commit.store import quote, registered
 from kframe.model import Change
 
 RECORD = pa.schema([("key", pa.binary()), ("value", pa.binary())])
@@ -85,12 +84,12 @@ def _added_key(change: Change, batch_id: int) -> str:
 
 def _object(columns: tuple[str, ...] | list[str]) -> str:
     """SQL for a JSON object of columns as texts."""
-    members = ", ".join(f"{_quote(c)} := CAST({_quote(c)} AS VARCHAR)" for c in columns)
+    members = ", ".join(f"{quote(c)} := CAST({quote(c)} AS VARCHAR)" for c in columns)
     return f"CAST(to_json(struct_pack({members})) AS VARCHAR)"
 
 
 def _encoded(cur: duckdb.DuckDBPyConnection, rows: pa.Table, key: str, value: str) -> pa.Table:
-    with _registered(cur, rows) as view:
+    with registered(cur, "_kframe_changed", rows) as view:
         query = f"SELECT encode({key}) AS key, encode({value}) AS value FROM {view}"
         return cur.sql(query).to_arrow_table().cast(RECORD)
 
@@ -127,7 +126,7 @@ class Log:
         self._cur = cur
         texts = {"k": records["key"].cast(pa.string()), "v": records["value"].cast(pa.string())}
         rows = pa.table({**texts, "i": pa.array(range(records.num_rows), pa.int64())})
-        with _registered(cur, rows) as log:
+        with registered(cur, "_kframe_log", rows) as log:
             self._rows = cur.sql(
                 f"SELECT k, arg_max(struct_pack(v := v), i).v AS v, max(i) AS i, k ->> '$[0]' AS kind, "
                 f"k ->> '$[1]' AS schema, k ->> '$[2]' AS name FROM {log} GROUP BY k ORDER BY i"
@@ -136,23 +135,23 @@ class Log:
     def definitions(self) -> Iterator[str]:
         """SQL that makes the tables and columns, then the views; to be run before `changes`."""
         for schema, name, told in self._told("table"):
-            table = f"{_quote(schema)}.{_quote(name)}"
-            columns = [f"{_quote(column)} {type_}" for column, type_ in told.items()]
-            yield f"CREATE SCHEMA IF NOT EXISTS {_quote(schema)}"
+            table = f"{quote(schema)}.{quote(name)}"
+            columns = [f"{quote(column)} {type_}" for column, type_ in told.items()]
+            yield f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}"
             yield f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)})"
             yield from (f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column}" for column in columns)
         for name, _, told in self._told("view"):
-            yield f"DROP VIEW IF EXISTS main.{_quote(name)}"
+            yield f"DROP VIEW IF EXISTS main.{quote(name)}"
             yield str(told["sql"])
 
     def changes(self, next_batch_id: int) -> Iterator[Change]:
         """The rows, table by table; without those that batches before `next_batch_id` have added."""
-        with _registered(self._cur, self._rows) as log:
+        with registered(self._cur, "_kframe_log", self._rows) as log:
             found = (
                 f"SELECT DISTINCT schema, name, kind FROM {log} WHERE kind IN ('row', 'added') ORDER BY ALL"
             )
             for schema, name, kind in self._cur.execute(found).fetchall():
-                columns = self._cur.execute(f"DESCRIBE {_quote(schema)}.{_quote(name)}").fetchall()
+                columns = self._cur.execute(f"DESCRIBE {quote(schema)}.{quote(name)}").fetchall()
                 types = {str(column[0]): str(column[1]) for column in columns}
                 mine = (
                     f"{log} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
@@ -172,7 +171,7 @@ class Log:
 
     def _typed(self, source: str, types: Mapping[str, str], where: str) -> pa.Table:
         texts = json.dumps(dict.fromkeys(types, "VARCHAR"))
-        casts = ", ".join(f"CAST(x.{_quote(c)} AS {t}) AS {_quote(c)}" for c, t in types.items())
+        casts = ", ".join(f"CAST(x.{quote(c)} AS {t}) AS {quote(c)}" for c, t in types.items())
         parsed = f"SELECT from_json({source}, {_literal(texts)}) AS x, i FROM {where}"
         return self._cur.sql(f"SELECT {casts} FROM ({parsed}) ORDER BY i").to_arrow_table()
 
@@ -181,20 +180,5 @@ class Log:
             yield row["schema"], row["name"], json.loads(row["v"])
 
 
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-@contextmanager
-def _registered(cur: duckdb.DuckDBPyConnection, rows: pa.Table) -> Iterator[str]:
-    """Show rows to the cursor under a private name, yielded quoted."""
-    name = f"_kframe_{uuid.uuid4().hex}"
-    cur.register(name, rows)
-    try:
-        yield _quote(name)
-    finally:
-        cur.unregister(name)

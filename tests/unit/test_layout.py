@@ -19,6 +19,7 @@ LAYERS = [
     {"pipeline"},
     {
         "run",
+        "taking_over",
         "status",
         "standalone",
         "replica",
