@@ -58,7 +58,8 @@ _PATIENCE_S = 60.0
 _CLOSE_S = 10.0
 _RELEASE_S = 60.0
 _LOOK_S = 0.2
-_TURN_S = 15.0
+_TURN_S = 3.0
+_FRUITLESS_MAX = 10
 
 
 class Run(TakingOver):
@@ -119,6 +120,7 @@ class Run(TakingOver):
         self._deliveries: Deliveries | None = None
         self._election: Election | None = None
         self._served = threading.Event()
+        self._fruitless = 0
         self._stop = threading.Event()
         self._unpaused = threading.Event()
         self._unpaused.set()
@@ -199,17 +201,10 @@ class Run(TakingOver):
         """Follow whichever instance is active; when it is this one, work, until the group says otherwise."""
         self._become("standby")
         self._election = election = standby.elect(self._release)
-        patience = time.monotonic() + (_PATIENCE_S if self.bounded else math.inf)
         try:
             while not self._stop.is_set():
-                with self._progress_bar(0, "restoring", " records") as advance:
-                    standby.follow(
-                        lambda: self._stop.is_set() or election.active or time.monotonic() > patience, advance
-                    )
-                if self._stop.is_set():
+                if not self._follow(standby, election):
                     return
-                if not election.active:
-                    raise InstanceActive(self._definition.pipeline)
                 self._become("running")
                 if self._serve_a_turn(standby, work):
                     return
@@ -217,6 +212,20 @@ class Run(TakingOver):
         finally:
             self._served.set()
             election.leave()
+
+    def _follow(self, standby: Standby, election: Election) -> bool:
+        """Follow until this instance is the active one (True), or has been told to stop."""
+
+        def called() -> bool:
+            return self._stop.is_set() or election.active
+
+        with self._progress_bar(0, "restoring", " records") as advance:
+            standby.catch_up(called, advance)
+        patience = time.monotonic() + (_PATIENCE_S if self.bounded else math.inf)
+        standby.follow(lambda: called() or time.monotonic() > patience)
+        if not called():
+            raise InstanceActive(self._definition.pipeline)
+        return not self._stop.is_set()
 
     def _serve_a_turn(self, standby: Standby, work: Callable[[Engine], None]) -> bool:
         """Work while this instance is the active one; whether it has ended for another reason than that."""
@@ -226,9 +235,11 @@ class Run(TakingOver):
             standby.take_over(next(target for target in targets if target.name == KAFKA))
             self._serve(work, targets)
             return not self._deposed()
-        except (Retryable, Fenced, DeliveryUnknown):
-            # Another one publishes already, if the group says so too: what it does not know of is taken back.
-            if not self._turn_ends():
+        except (Retryable, Fenced, DeliveryUnknown) as error:
+            # Another one publishes already, or is yet to learn that it no longer may: the group decides.
+            self._fruitless = 0 if self.engine and self.engine.batches else self._fruitless + 1
+            decided = self._turn_ends()
+            if not decided and (isinstance(error, DeliveryUnknown) or self._fruitless > _FRUITLESS_MAX):
                 raise
             return False
         finally:

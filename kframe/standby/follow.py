@@ -31,6 +31,10 @@ class Followed(NamedTuple):
     at: datetime | None
 
 
+class _Superseded(Exception):
+    """Another instance has computed again what this file had committed and not published."""
+
+
 class Follower:
     """Applies one pipeline's changelog to a file that nobody else writes to.
 
@@ -79,7 +83,10 @@ class Follower:
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
         stop, last = self._last(low, end)
-        if last is None or last.file == self._store.id:
+        if last is None:
+            return False
+        if last.file == self._store.id:
+            self._move(stop, whole=True)
             return False
         followed = self._begun(low, last)
         start = {self._tp: Position(followed.position)}
@@ -94,6 +101,13 @@ class Follower:
 
     def follow(self, stopped: Callable[[], bool]) -> None:
         """Apply what comes, batch by batch, until told to stop. After `catch_up`."""
+        while not stopped():
+            try:
+                self._follow(stopped)
+            except _Superseded:
+                self.catch_up(stopped=stopped)
+
+    def _follow(self, stopped: Callable[[], bool]) -> None:
         self._pending = RECORDS.empty_table()
         at = Position(self.followed().position)
         self._source.start({self._tp: at}, None, _LIMITS)
@@ -157,6 +171,8 @@ class Follower:
             return
         found = last_commit(self._pending)
         if found is not None:
+            if found[1].file != self._store.id and self._outbox.undelivered(self._target):
+                raise _Superseded
             head, self._pending = self._pending[: found[0] + 1], self._pending[found[0] + 1 :]
             self._apply(
                 head, self._pending["offset"][0].as_py() if len(self._pending) else behind, whole=True
@@ -165,6 +181,9 @@ class Follower:
     def _apply(self, records: pa.Table, position: int, *, whole: bool) -> None:
         next_batch_id = self._ledger.next_batch_id() if whole else 0
         found = last_commit(records)
+        if found is not None and found[1].batch_id < next_batch_id:
+            self._move(position, whole=True)  # all of it is here already, maybe followed by more
+            return
         with transaction(self._store, lambda: self.followed().position == position) as cur:
             log = Log(cur, records)
             for sql in log.definitions():

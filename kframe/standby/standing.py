@@ -82,12 +82,14 @@ class Standby:
         group = f"kframe.{self._ledger.pipeline}.standby"
         return Election(self._settings, group, self._topic, release)
 
-    def follow(self, stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
-        """Bring the file up to the changelog, and keep it there until told to stop."""
-        follower = self._follower()
-        follower.catch_up(advance, stopped)
+    def catch_up(self, stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+        """Bring the file up to the changelog as of now."""
+        self._follower().catch_up(advance, stopped)
+
+    def follow(self, stopped: Callable[[], bool]) -> None:
+        """Keep the file up to the changelog until told to stop. After `catch_up`."""
         if not stopped():
-            follower.follow(stopped)
+            self._follower().follow(stopped)
 
     def take_over(self, target: Target) -> None:
         """Fence whoever was active, then read the changelog to its end: from now on it is this instance's.
