@@ -181,8 +181,8 @@ class Follower:
     def _apply(self, records: pa.Table, position: int, *, whole: bool) -> None:
         next_batch_id = self._ledger.next_batch_id() if whole else 0
         found = last_commit(records)
-        if found is not None and found[1].batch_id < next_batch_id:
-            self._move(position, whole=True)  # all of it is here already, maybe followed by more
+        if found is not None and found[1].batch_id < next_batch_id - 1:
+            self._move(position, whole=True)  # all of it is here already, followed by more
             return
         with transaction(self._store, lambda: self.followed().position == position) as cur:
             log = Log(cur, records)
