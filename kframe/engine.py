@@ -230,6 +230,9 @@ class Engine:
     ) -> list[Change]:
         """Every step's changed rows, in the order of definition; later steps see earlier ones' rows."""
         changes: list[Change] = []
+        if steps is not self._defined and any(step.tables for step in steps):
+            with transaction(self.store, lambda: False) as cur:  # what a step reads must be there
+                prepare(cur, steps, self._schemas(cur, steps))
         cur = self.store.cursor()
         con = self._task(steps).con
         for step in steps:

@@ -405,13 +405,13 @@ def test_only_an_interrupt_is_taken_for_one(tmp_path: Path) -> None:
 
 def test_ctrl_c_inside_duckdb_comes_out_as_ctrl_c(tmp_path: Path) -> None:
     """Kills: DuckDB's RuntimeError in the place of KeyboardInterrupt, in a preview and in a run."""
-    endless = "SELECT count(*) FROM range(100_000_000_000) a WHERE hash(a.range) = 1"
+    lengthy = "SELECT count(*) FROM range(3_000_000_000) a WHERE hash(a.range) = 1"
     with shop(tmp_path) as made:
 
         @made.table("asks")
         def asks(orders: pd.DataFrame) -> pd.DataFrame:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-            duckdb.connect().sql(endless).fetchall()
+            duckdb.connect().sql(lengthy).fetchall()
             return orders
 
         for call, told in ((made.run, "rolled back"), (lambda: made.preview("asks"), "commit nothing")):

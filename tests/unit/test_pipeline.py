@@ -136,6 +136,22 @@ def test_a_later_step_sees_the_rows_of_an_earlier_one_in_the_same_batch(tmp_path
         assert made.read("left")["qty_stock"].tolist() == [7]
 
 
+def test_a_step_may_read_an_aggregate_from_the_first_batch_on(tmp_path: Path) -> None:
+    """As of the batch before, so empty at first. Kills: a table that only its first batch makes."""
+    seen: list[int] = []
+    with shop(tmp_path, batch_rows_max=5) as made:
+        made.aggregate("totals", source="orders", by="sku", n=("qty", "count"))
+
+        @made.table("rows")
+        def rows(orders: pd.DataFrame, totals: pd.DataFrame) -> pd.DataFrame:
+            seen.append(int(totals["n"].sum()))
+            return orders
+
+        made.run(progress=False)
+        assert seen == [0, 5]
+        assert made.read("totals")["n"].sum() == 10
+
+
 def test_a_keyed_step_replaces_and_removes_rows(tmp_path: Path) -> None:
     """The last row of a key wins; ``_tombstone`` removes. Kills: DuckDB's first-wins upsert."""
     log = orders(0)
