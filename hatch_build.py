@@ -1,4 +1,4 @@
-"""Compiles kframe/source/drain.c while the package is built; without a C compiler kframe does without it."""
+"""Compiles the C files while the package is built; without a C compiler kframe does without them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,35 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("kframe/source/drain.c")
-LIBRARY = SOURCE.with_name("_drain.so")
+LIBRARIES = {
+    Path(source): Path(source).with_name(f"_{Path(source).stem}.so")
+    for source in ("kframe/source/drain.c", "kframe/batch/json_rows.c")
+}
 
 
-class DrainBuildHook(BuildHookInterface):
+class NativeBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel" or not self.compiled():
+        if self.target_name != "wheel" or not self.compiler():
+            return
+        compiled = [str(library) for source, library in LIBRARIES.items() if self.compile(source, library)]
+        if not compiled:
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append(str(LIBRARY))
+        build_data["artifacts"] += compiled
 
-    def compiled(self) -> bool:
+    def compiler(self) -> list[str]:
         command = shlex.split(os.environ.get("CC", "cc"))
-        if os.name != "posix" or not shutil.which(command[0]):
-            self.app.display_warning("No C compiler: kframe will take Kafka's records apart in Python.")
-            return False
-        flags = ["-O2", "-shared", "-fPIC", "-o", str(LIBRARY), str(SOURCE)]
-        done = subprocess.run([*command, *flags], cwd=self.root, capture_output=True, text=True, check=False)
+        if os.name == "posix" and shutil.which(command[0]):
+            return command
+        self.app.display_warning("No C compiler: kframe will fetch and decode Kafka's records without C.")
+        return []
+
+    def compile(self, source: Path, library: Path) -> bool:
+        flags = ["-O3", "-shared", "-fPIC", "-o", str(library), str(source)]
+        done = subprocess.run(
+            [*self.compiler(), *flags], cwd=self.root, capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            self.app.display_warning(f"drain.c was not compiled, kframe does without it: {done.stderr}")
+            self.app.display_warning(f"{source} was not compiled, kframe does without it: {done.stderr}")
         return done.returncode == 0

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kframe.batch import native_json
 from kframe.batch.csv_columns import CsvColumns
-from kframe.batch.json_columns import JsonColumns, unknown_fields
+from kframe.batch.json_columns import JsonColumns, in_order, unknown_fields
 from kframe.errors import DefinitionError
 from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
 from kframe.schema import Schema
@@ -19,7 +20,7 @@ from kframe.schema import Schema
 INCLUDE = ("key", "headers", "timestamp", "partition", "offset", "tombstone")
 
 Values = Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int, str]]]
-"""A format: non-null values (binary) to the rows that fit, which ones they are, and why the others don't."""
+"""From values (no nulls; binary or texts) to the rows that fit, which they are, and why the others don't."""
 
 
 class Decoder:
@@ -202,7 +203,7 @@ def _texts(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Any, dict[int, str
         return values.filter(pa.array(good)).cast(pa.string()), good, errors
 
 
-def _of_texts(decode: Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int, str]]]) -> Values:
+def _of_texts(decode: Values) -> Values:
     """A format over UTF-8 texts as a format over values."""
 
     def decode_values(values: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
@@ -220,7 +221,27 @@ def _of_texts(decode: Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int,
 
 
 def _json(schema: Schema, con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
-    return _of_texts(JsonColumns(schema, con).decode)
+    decode = JsonColumns(schema, con).decode
+    return _of_texts(_natively(schema, decode) if native_json.takes(schema) else decode)
+
+
+def _natively(schema: Schema, others: Values) -> Values:
+    """`NativeJson` for what it takes, `others` for what it doesn't."""
+    native = native_json.NativeJson(schema)
+
+    def decode(texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
+        rows, taken = native.decode(texts)
+        if taken.all():
+            return rows, taken, {}
+        more, fits, errors = others(texts.filter(pa.array(~taken)))
+        left = np.flatnonzero(~taken)
+        good = np.zeros(len(taken), bool)
+        good[left[fits]] = True
+        if len(more):
+            rows = in_order(rows, taken, more, good)
+        return rows, taken | good, {int(left[i]): text for i, text in errors.items()}
+
+    return decode
 
 
 def _text(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:

@@ -239,9 +239,7 @@ class JsonColumns:
             return table, good, errors
         if not bulk.any():
             return strict.to_arrow(rows, self.schema), good, errors
-        merged = pa.concat_tables([table, strict.to_arrow(rows, self.schema).cast(table.schema)])
-        order = np.concatenate([np.flatnonzero(bulk), np.flatnonzero(good & ~bulk)]).argsort()
-        return merged.take(pa.array(order)), good, errors
+        return in_order(table, bulk, strict.to_arrow(rows, self.schema), good & ~bulk), good, errors
 
     def _json_parts(self, texts: pa.ChunkedArray) -> list[dict[str, str | None] | None]:
         """Each text's ``json`` columns as the bulk path would give them; None: not valid JSON."""
@@ -265,6 +263,12 @@ class JsonColumns:
             return list(self._con.sql(query, params=parameters).to_arrow_table().columns)
         finally:
             self._con.unregister("texts")
+
+
+def in_order(rows: pa.Table, where: Any, more: pa.Table, where_more: Any) -> pa.Table:
+    """The rows of two tables in the order of their places, which two masks mark."""
+    order = np.concatenate([np.flatnonzero(where), np.flatnonzero(where_more)]).argsort()
+    return pa.concat_tables([rows, more.cast(rows.schema)]).take(pa.array(order))
 
 
 def unknown_fields(con: duckdb.DuckDBPyConnection, schema: Schema, texts: pa.ChunkedArray) -> dict[str, str]:

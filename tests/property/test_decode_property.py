@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kframe.batch import exact, json_columns
+from kframe.batch import exact, json_columns, native_json
 from kframe.batch.csv_columns import CsvColumns
 from kframe.batch.decode import Decoder, private_connection
 from kframe.batch.infer import infer_schema
 from kframe.batch.json_columns import JsonColumns
+from kframe.batch.native_json import NativeJson
 from kframe.errors import ConfigError
 from kframe.model import RECORDS, Decoded
 from kframe.schema import Schema
@@ -212,8 +213,94 @@ def test_the_bulk_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("record by record")
 
     monkeypatch.setattr(json_columns.strict, "row", never)
-    value = b'{"a":1,"b":"x","c":1.5,"d":true}'
-    assert decoder(0).decode(records([value] * 3)).frame.num_rows == 3
+    texts = pa.chunked_array([['{"a":1,"b":"x","c":1.5,"d":true}'] * 3])
+    assert columns(0, True).decode(texts)[0].num_rows == 3
+
+
+# ---- in C -------------------------------------------------------------------------------------------
+
+NATIVE = [i for i, s in enumerate(SCHEMAS) if native_json.takes(Schema.parse(s))]
+in_c = pytest.mark.skipif(
+    native_json._library() is None,
+    reason="json_rows.c was not compiled: no C compiler when kframe was installed",
+)
+
+
+@cache
+def native(i: int) -> NativeJson:
+    return NativeJson(Schema.parse(SCHEMAS[i]))
+
+
+def taken_as_strict(i: int, texts: list[str]) -> int:
+    """Check what is taken in C against the record-by-record path; returns how many were."""
+    given_texts = pa.chunked_array([texts[:3], [], texts[3:]], pa.string())
+    rows, taken = native(i).decode(given_texts)
+    rows.validate(full=True)
+    fitting = given_texts.filter(pa.array(taken))
+    strict_rows, good, _ = columns(i, False).decode(fitting)
+    assert good.all(), fitting.filter(pa.array(~good)).to_pylist()
+    assert comparable(rows) == comparable(strict_rows)
+    return rows.num_rows
+
+
+@in_c
+@pytest.mark.parametrize("i", NATIVE)
+@settings(QUICK, max_examples=150)
+@given(texts=st.lists(DOCUMENTS, min_size=1, max_size=12))
+def test_what_is_taken_in_c_fits_record_by_record(i: int, texts: list[bytes]) -> None:
+    """Kills: a lenient comma or numeral, the last of two names, a value from the row before, a text cut."""
+    taken_as_strict(i, [t.decode("utf-8", "replace") for t in texts])
+
+
+EDGES = [
+    *("01", "1.", ".1", "-", "1e", "1e+", "2e-3", "123456789.123456789", "0.1e1", "0x1p3", "1,", '"12.50"'),
+    *(r'"\ud83d\ude00\u00e9\u0041\/\"\\"', r'"\ud83d"', r'"\ude00\ud83d"', r'"\u00"', r'"\x41"', '"\t"'),
+    *('"2000-02-29"', '"1900-02-29"', '"2024-13-01"', '"2024-12-00"', '"1000-03-01"', '"0999-12-31"'),
+    *('"2024-01-01T10:00:00.5-23:59"', '"2024-01-01T10:00:00.5+2400"', '"2024-01-01T10:00:00.Z"'),
+]
+
+
+@in_c
+@pytest.mark.parametrize("i", NATIVE)
+def test_every_odd_value_in_c(i: int) -> None:
+    """Kills: one numeral, time or escape at an edge that C takes for another."""
+    odd = [*NUMERALS, *map(json.dumps, STRINGS), *(json.dumps(s, ensure_ascii=False) for s in STRINGS)]
+    odd += EDGES
+    odd += [v + " " for v in odd] + [f'1, "z": {v}' for v in odd] + [f'[{v}], "b": 2' for v in odd]
+    fields = columns(i, False).schema
+    required = "".join(f', "{f.name}": "1", "{f.name}": 1' for f in fields if f.required)
+    for name in "abcd":
+        rest = required.replace(f', "{name}": "1", "{name}": 1', "")
+        taken_as_strict(i, [f'{{"{name}": {v}{r}}}' for v in odd for r in ("", rest)])
+
+
+ORDINARY = [
+    '{"a":1,"b":"x","c":1.5,"d":true}',
+    '{"a":-7,"b":200,"c":30000,"d":5}',
+    '{ "d" : 1.5 , "a" : 1, "b" : 60000, "c" : 4000000000, "more": [{"x": [1.5e3, null, false]}, "y\\n"] }',
+    '{"a":1.25,"b":"1.5","c":0.000001,"d":12}',
+    '{"a":"2024-02-29","b":"2024-02-29T23:59:59","c":"1969-12-31 00:00:00.5","d":1700000000000000}',
+    '{"a":"2024-02-29T23:59:59.25+02:00","b":"2024-02-29T23:59:59Z","c":1,"d":"\\u00e9\\"\\ud83d\\ude00"}',
+]
+
+
+@in_c
+@pytest.mark.parametrize("i", NATIVE)
+def test_ordinary_records_are_taken_in_c(i: int) -> None:
+    """Kills: a C path that refuses everything, which would make the laws above say nothing."""
+    assert taken_as_strict(i, [ORDINARY[i]] * 5) == 5
+
+
+@in_c
+@QUICK
+@given(texts=st.lists(st.sampled_from([*ORDINARY, '{"a":1,"a":2}', "x", '{"a":1e400}']), max_size=40))
+def test_rows_decided_elsewhere_come_back_in_their_places(texts: list[str]) -> None:
+    """Kills: another order, or an error told of another record, where C takes some and leaves some."""
+    given_records = records([t.encode() for t in texts])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_json, "takes", lambda _: False)
+        without = Decoder("t", Schema.parse(SCHEMAS[0]))
+    assert outcome([decoder(0).decode(given_records)]) == outcome([without.decode(given_records)])
 
 
 @QUICK

@@ -1,0 +1,160 @@
+"""A decoder in C for the common record: JSON objects into columns, in one pass.
+
+`json_rows.c` is compiled when kframe is installed where there is a C compiler. It takes only records that
+leave no question open; `kframe.batch.json_columns` decides all others, and every one without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kframe.schema import Field, Schema, Type
+
+LIBRARY = Path(__file__).with_name("_json_rows.so")
+_KINDS = ("bool", "int", "float", "str", "timestamp", "date", "decimal")
+"""In the order of json_rows.c's ``kind``."""
+_FRACTION = {"s": 0, "ms": 3, "us": 6}
+
+
+class _Column(ctypes.Structure):
+    """json_rows.c's ``column_t``."""
+
+    _fields_ = [
+        ("name", c_char_p),
+        *((name, c_int32) for name in ("name_size", "kind", "width", "required")),
+        *((name, c_int64) for name in ("low", "high")),
+        *((name, c_int32) for name in ("digits", "scale", "zone", "next")),
+        ("seen", c_int64),
+        *((name, c_void_p) for name in ("values", "valid", "ends")),
+        *((name, c_int64) for name in ("rows_max", "capacity")),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    library.json_rows.restype = c_int64
+    library.json_rows.argtypes = [POINTER(_Column), c_int32, c_void_p, c_void_p, c_int64, c_void_p]
+    library.json_free.restype = None
+    library.json_free.argtypes = [POINTER(_Column), c_int32]
+    return library
+
+
+def takes(schema: Schema) -> bool:
+    """Whether `NativeJson` is there, and knows all of these types."""
+    return _library() is not None and all(f.type.kind in _KINDS for f in schema)
+
+
+class NativeJson:
+    """Decodes texts into a table of the schema's columns. One thread uses it at a time.
+
+    Parameters
+    ----------
+    schema : Schema
+        That `takes` says yes to.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        library = _library()
+        assert library is not None, "takes() first"
+        self._library = library
+        self._schema = schema
+        self._columns = (_Column * len(schema.fields))(
+            *(_column(i, f, len(schema.fields)) for i, f in enumerate(schema))
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_columns"):
+            self._library.json_free(self._columns, len(self._columns))
+
+    def decode(self, texts: pa.ChunkedArray) -> tuple[pa.Table, Any]:
+        """Decode what leaves no question open.
+
+        Parameters
+        ----------
+        texts : ChunkedArray of string, shape (n,)
+            No nulls.
+
+        Returns
+        -------
+        rows : Table, shape (n_taken, n_columns)
+            In order, under the schema's Arrow types.
+        taken : bool array, shape (n,)
+            Which they are.
+        """
+        taken = np.zeros(len(texts), bool)
+        batches, begin = [], 0
+        for chunk in texts.chunks:
+            if len(chunk):
+                batches.append(self._chunk(chunk, taken[begin : begin + len(chunk)]))
+                begin += len(chunk)
+        return pa.Table.from_batches(batches, self._schema.arrow), taken
+
+    def _chunk(self, texts: pa.StringArray, taken: Any) -> pa.RecordBatch:
+        _, bounds, data = texts.buffers()
+        n = self._library.json_rows(
+            self._columns,
+            len(self._columns),
+            data.address if data else None,
+            bounds.address + 4 * texts.offset,
+            len(texts),
+            taken.ctypes.data,
+        )
+        if n < 0:
+            raise MemoryError
+        arrays = [_array(c, f.type, n) for c, f in zip(self._columns, self._schema, strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, schema=self._schema.arrow)
+
+
+def _column(i: int, field: Field, n: int) -> _Column:
+    name, type_ = field.name.encode(), field.type
+    column = _Column(name, len(name), _KINDS.index(type_.kind), 1, field.required, next=(i + 1) % n)
+    if type_.kind not in ("str", "bool"):
+        column.width = type_.arrow.bit_width // 8
+    if type_.kind == "int":
+        bits, unsigned = type_.arrow.bit_width, type_.text.startswith("u")
+        column.low = 0 if unsigned else -(2 ** (bits - 1))
+        column.high = min(2**bits if unsigned else 2 ** (bits - 1), 2**63) - 1
+    elif type_.kind == "timestamp":
+        column.scale, column.zone = _FRACTION[type_.arrow.unit], type_.arrow.tz is not None
+        column.high = (2**63 - 1) // 10 ** (6 - column.scale)  # the store counts microseconds
+        column.low = -column.high
+    elif type_.kind == "decimal":
+        column.digits, column.scale = type_.arrow.precision, type_.arrow.scale
+    return column
+
+
+def _array(column: _Column, type_: Type, n: int) -> pa.Array:
+    """A copy of a column's first `n` values."""
+    valid = np.frombuffer(_copy(column.valid, n), bool)
+    nulls = n - int(np.count_nonzero(valid))
+    buffers = [_bits(valid) if nulls else None]
+    if type_.kind == "str":
+        ends = _copy(column.ends, 4 * (n + 1))
+        buffers += [
+            pa.py_buffer(ends),
+            pa.py_buffer(_copy(column.values, int(np.frombuffer(ends, np.int32)[-1]))),
+        ]
+    elif type_.kind == "bool":
+        buffers.append(_bits(np.frombuffer(_copy(column.values, n), bool)))
+    else:
+        buffers.append(pa.py_buffer(_copy(column.values, n * column.width)))
+    return pa.Array.from_buffers(type_.arrow, n, buffers, null_count=nulls)
+
+
+def _copy(address: int | None, size: int) -> bytes:
+    return ctypes.string_at(address, size) if address and size else b""
+
+
+def _bits(values: Any) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(values, bitorder="little").tobytes())
