@@ -367,23 +367,31 @@ static int blank(column_t *c, int64_t row) {
 
 /* ---- rows ---------------------------------------------------------------------------------------- */
 
-/* The column of a name, looked for from the likeliest on; -1: none. */
-static int32_t find(const column_t *columns, int32_t n, int32_t likeliest, const uint8_t *name, int64_t size) {
-    for (int32_t i = 0, at = likeliest; i < n; i++, at = at + 1 == n ? 0 : at + 1)
-        if (columns[at].name_size == size && !memcmp(columns[at].name, name, size)) return at;
+/* The column of a name; -1: none. */
+static int32_t find(const column_t *columns, int32_t n, const uint8_t *name, int64_t size) {
+    for (int32_t i = 0; i < n; i++)
+        if (columns[i].name_size == size && !memcmp(columns[i].name, name, size)) return i;
     return -1;
 }
 
+/* A name, and whose it is, tried first as `likeliest`'s, which spares a look at its end. 0: refused. */
+static int take_name(const column_t *columns, int32_t n, int32_t likeliest, text_t *t, int32_t *column) {
+    const column_t *c = &columns[likeliest];
+    const uint8_t *name = t->at;
+    *column = likeliest;
+    if (next_are(t, c->name, c->name_size) && next_is(t, '"')) return 1;
+    t->at = name;
+    skip_plain(t);
+    *column = find(columns, n, name, t->at - name);
+    return next_is(t, '"');
+}
+
 static int take_members(column_t *columns, int32_t n, int64_t row, int64_t text, text_t *t) {
-    int32_t before = n - 1;
+    int32_t before = n - 1, column;
     do {
-        if (!next_is_behind_space(t, '"')) return REFUSED;
-        const uint8_t *name = t->at;
-        skip_plain(t);
-        int64_t size = t->at - name;
-        if (!next_is(t, '"') || !next_is_behind_space(t, ':')) return REFUSED;
+        if (!next_is_behind_space(t, '"') || !take_name(columns, n, columns[before].next, t, &column)) return REFUSED;
+        if (!next_is_behind_space(t, ':')) return REFUSED;
         skip_space(t);
-        int32_t column = find(columns, n, columns[before].next, name, size);
         if (column < 0) {
             if (!skip_value(t, 1)) return REFUSED;
             continue;

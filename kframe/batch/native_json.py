@@ -7,6 +7,7 @@ leave no question open; `kframe.batch.json_columns` decides all others, and ever
 from __future__ import annotations
 
 import ctypes
+import json
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -51,8 +52,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def takes(schema: Schema) -> bool:
-    """Whether `NativeJson` is there, and knows all of these types."""
-    return _library() is not None and all(f.type.kind in _KINDS for f in schema)
+    """Whether `NativeJson` is there, and knows all of these types and names."""
+    return _library() is not None and all(f.type.kind in _KINDS and _plain(f.name) for f in schema)
+
+
+def _plain(name: str) -> bool:
+    """Whether JSON writes a name as it is."""
+    return json.dumps(name, ensure_ascii=False) == f'"{name}"'
 
 
 class NativeJson:

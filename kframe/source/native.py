@@ -221,7 +221,7 @@ class NativeDrain:
         next_: dict[TopicPartition, Position] = {}
         if self.rows:
             batch, topics, epochs = self._columns(self._drain.contents, self.rows)
-            for pointer in np.unique(topics).tolist():
+            for pointer in set(topics[np.append(True, topics[1:] != topics[:-1])].tolist()):
                 mine = np.flatnonzero(topics == pointer)
                 topic = self._topic(pointer)
                 records[topic] = batch if len(mine) == len(topics) else batch.take(pa.array(mine))
@@ -309,8 +309,7 @@ def _binary(column: _Bytes, n: int) -> pa.Array:
 
 def _behind(topic: str, records: pa.RecordBatch, epochs: Any) -> dict[TopicPartition, Position]:
     """The position behind each partition's last record."""
-    partitions, back = np.unique(records.column("partition").to_numpy()[::-1], return_index=True)
-    last = len(epochs) - 1 - back
-    offsets = records.column("offset").to_numpy()[last] + 1
-    rows = zip(partitions.tolist(), offsets.tolist(), epochs[last].tolist(), strict=True)
+    partitions, offsets = records.column("partition").to_numpy(), records.column("offset").to_numpy()
+    last = np.append(np.flatnonzero(np.diff(partitions)), len(epochs) - 1)  # of each run of one partition
+    rows = zip(partitions[last].tolist(), (offsets[last] + 1).tolist(), epochs[last].tolist(), strict=True)
     return {TopicPartition(topic, p): Position(offset, epoch) for p, offset, epoch in rows}

@@ -292,6 +292,16 @@ def test_ordinary_records_are_taken_in_c(i: int) -> None:
 
 
 @in_c
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", 'a":1,"b'])
+def test_a_name_that_json_escapes(name: str) -> None:
+    """Kills: a column's name looked for as it is, which would take what is no JSON."""
+    texts = [json.dumps({name: 1}), f'{{"{name}": 2}}']
+    decoded = Decoder("t", Schema.parse({name: "int64"})).decode(records([t.encode() for t in texts]))
+    assert decoded.frame[name].to_pylist()[0] == 1
+    assert 2 not in decoded.frame[name].to_pylist()
+
+
+@in_c
 @QUICK
 @given(texts=st.lists(st.sampled_from([*ORDINARY, '{"a":1,"a":2}', "x", '{"a":1e400}']), max_size=40))
 def test_rows_decided_elsewhere_come_back_in_their_places(texts: list[str]) -> None:
