@@ -114,6 +114,7 @@ class Engine:
         self.stops = stops
         self.positions = dict(positions)
         self.rows = self.dead_letters = self.batches = 0
+        self._batch_id = ledger.next_batch_id()  # the ledger refuses it if another run has taken it
         self._steps = steps
         self._topic_ids = topic_ids
         self._stopped = stopped
@@ -183,7 +184,7 @@ class Engine:
         self._at_edge("transformed")
         dead = pa.concat_tables([p.dead for p in partials])
         report = BatchReport(
-            self.ledger.next_batch_id(), ranges, sum(p.rows for p in partials), dead.num_rows, timings, now()
+            self._batch_id, ranges, sum(p.rows for p in partials), dead.num_rows, timings, now()
         )
         with transaction(self.store, lambda: self.ledger.has_batch(report.batch_id)) as cur:
             self._at_edge("begun")
@@ -278,6 +279,7 @@ class Engine:
         for r in report.ranges:
             self.positions[r.tp] = Position(r.stop, r.leader_epoch)
         self._defined = steps
+        self._batch_id += 1
         self.rows += report.rows
         self.dead_letters += report.dead_letters
         self.batches += 1

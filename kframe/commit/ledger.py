@@ -19,15 +19,17 @@ from kframe.model import BatchReport, OffsetRange, Position, TopicPartition
 
 Cursor = duckdb.DuckDBPyConnection
 
-_RANGES = pa.schema(
-    [
-        ("topic", pa.string()),
-        ("partition", pa.int32()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("leader_epoch", pa.int32()),
-    ]
-)
+_ADVANCE = """
+UPDATE _kframe.positions AS p SET position = r.stop, leader_epoch = r.leader_epoch
+FROM (
+    SELECT unnest(?::VARCHAR[]) AS topic, unnest(?::INTEGER[]) AS partition, unnest(?::BIGINT[]) AS start,
+           unnest(?::BIGINT[]) AS stop, unnest(?::INTEGER[]) AS leader_epoch
+) AS r
+WHERE p.pipeline = ? AND p.epoch = ? AND p.topic = r.topic AND p.partition = r.partition
+  AND p.position = r.start
+RETURNING 1
+"""
+"""By the columns of `OffsetRange`: for a few rows as lists a third less than as an Arrow table."""
 
 
 class Ledger:
@@ -141,21 +143,13 @@ class Ledger:
         Fenced
             A position was not at its range's start, or a newer epoch owns it. The caller must roll back.
         """
-        rows = [r._asdict() for r in ranges]
-        with registered(cur, "_kframe_ranges", pa.Table.from_pylist(rows, _RANGES)) as plan:
-            try:
-                moved = cur.execute(
-                    f"""
-                    UPDATE _kframe.positions AS p SET position = r.stop, leader_epoch = r.leader_epoch
-                    FROM {plan} AS r
-                    WHERE p.pipeline = ? AND p.epoch = ? AND p.topic = r.topic AND p.partition = r.partition
-                      AND p.position = r.start
-                    RETURNING 1
-                    """,
-                    [self.pipeline, self.epoch],
-                ).fetchall()
-            except duckdb.TransactionException as error:
-                raise self._fenced() from error
+        if not ranges:
+            return
+        columns = map(list, zip(*ranges, strict=True))
+        try:
+            moved = cur.execute(_ADVANCE, [*columns, self.pipeline, self.epoch]).fetchall()
+        except duckdb.TransactionException as error:
+            raise self._fenced() from error
         if len(moved) != len(ranges):
             raise self._fenced()
 
