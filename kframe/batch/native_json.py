@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -62,7 +63,7 @@ def _plain(name: str) -> bool:
 
 
 class NativeJson:
-    """Decodes texts into a table of the schema's columns. One thread uses it at a time.
+    """Decodes texts into a table of the schema's columns.
 
     Parameters
     ----------
@@ -75,6 +76,7 @@ class NativeJson:
         assert library is not None, "takes() first"
         self._library = library
         self._schema = schema
+        self._lock = threading.Lock()  # C uses the columns' memory again, without the GIL
         self._columns = (_Column * len(schema.fields))(
             *(_column(i, f, len(schema.fields)) for i, f in enumerate(schema))
         )
@@ -102,7 +104,8 @@ class NativeJson:
         batches, begin = [], 0
         for chunk in texts.chunks:
             if len(chunk):
-                batches.append(self._chunk(chunk, taken[begin : begin + len(chunk)]))
+                with self._lock:
+                    batches.append(self._chunk(chunk, taken[begin : begin + len(chunk)]))
                 begin += len(chunk)
         return pa.Table.from_batches(batches, self._schema.arrow), taken
 
