@@ -27,7 +27,6 @@ FROM (
 ) AS r
 WHERE p.pipeline = ? AND p.epoch = ? AND p.topic = r.topic AND p.partition = r.partition
   AND p.position = r.start
-RETURNING 1
 """
 """By the columns of `OffsetRange`: for a few rows as lists a third less than as an Arrow table."""
 
@@ -147,10 +146,10 @@ class Ledger:
             return
         columns = map(list, zip(*ranges, strict=True))
         try:
-            moved = cur.execute(_ADVANCE, [*columns, self.pipeline, self.epoch]).fetchall()
+            moved = _updated(cur, _ADVANCE, [*columns, self.pipeline, self.epoch])
         except duckdb.TransactionException as error:
             raise self._fenced() from error
-        if len(moved) != len(ranges):
+        if moved != len(ranges):
             raise self._fenced()
 
     def skip(
@@ -173,11 +172,12 @@ class Ledger:
         Fenced
             Another run took this batch's id.
         """
-        taken = cur.execute(
+        taken = _updated(
+            cur,
             "UPDATE _kframe.pipelines SET next_batch_id = next_batch_id + 1 "
-            "WHERE name = ? AND epoch = ? AND next_batch_id = ? RETURNING 1",
+            "WHERE name = ? AND epoch = ? AND next_batch_id = ?",
             [self.pipeline, self.epoch, report.batch_id],
-        ).fetchall()
+        )
         if not taken:
             raise self._fenced()
         ranges = [{k: v for k, v in r._asdict().items() if k != "leader_epoch"} for r in report.ranges]
@@ -319,6 +319,12 @@ class Ledger:
             kept="This batch was rolled back; the other run's results and positions stand.",
             hint="Use the newer run, or start this one again: it goes on from the stored positions.",
         )
+
+
+def _updated(cur: Cursor, update: str, values: Sequence[object]) -> int:
+    """Run an UPDATE; how many rows it changed."""
+    ((rows,),) = cur.execute(update, values).fetchall()
+    return int(rows)
 
 
 def now() -> datetime:
