@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from kframe.batch import exact, strict
+from kframe.batch.fallback import completed
 from kframe.schema import Schema
 
 
@@ -44,14 +45,7 @@ class CsvColumns:
         bulk = np.array(columns.column(0).to_numpy(), dtype=bool)
         nullable = pa.schema([pa.field(f.name, f.type.arrow) for f in self.schema])
         table = columns.drop_columns(["fits"]).rename_columns(nullable.names).cast(nullable)
-        if bulk.all():
-            return table, bulk, {}
-        rest = np.flatnonzero(~bulk)
-        rows, good, errors = self._line_by_line(texts.take(pa.array(rest)))
-        order = np.concatenate([np.flatnonzero(bulk), rest[good]]).argsort()
-        merged = pa.concat_tables([table.filter(pa.array(bulk)), rows.cast(table.schema)])
-        bulk[rest] = good
-        return merged.take(pa.array(order)), bulk, {int(rest[i]): told for i, told in errors.items()}
+        return completed(texts, table.filter(pa.array(bulk)), bulk, self._line_by_line)
 
     def _in_bulk(self, query: str, texts: pa.ChunkedArray) -> pa.Table:
         self._con.register("texts", pa.table({"t": texts}))

@@ -12,15 +12,13 @@ import pyarrow.compute as pc
 
 from kframe.batch import native_json
 from kframe.batch.csv_columns import CsvColumns
-from kframe.batch.json_columns import JsonColumns, in_order, unknown_fields
+from kframe.batch.fallback import Decode, completed
+from kframe.batch.json_columns import JsonColumns, unknown_fields
 from kframe.errors import DefinitionError
 from kframe.model import DEAD_LETTERS, PROVENANCE, RECORDS, Decoded
 from kframe.schema import Schema
 
 INCLUDE = ("key", "headers", "timestamp", "partition", "offset", "tombstone")
-
-Values = Callable[[pa.ChunkedArray], tuple[pa.Table, Any, dict[int, str]]]
-"""From values (no nulls; binary or texts) to the rows that fit, which they are, and why the others don't."""
 
 
 class Decoder:
@@ -117,7 +115,8 @@ class Decoder:
         present, place = self._without_oversized(present, place, dead)
         rows, good, errors = self._values(present["value"])
         if errors:
-            dead.append(self._dead(present.take(pa.array(list(errors))), list(errors.values())))
+            told = [errors[i] for i in np.flatnonzero(~good).tolist()]
+            dead.append(self._dead(present.filter(pa.array(~good)), told))  # take() would copy all chunks
             present, place = present.filter(pa.array(good)), place[good]
         new_fields = self._new_fields(present)
         if has_value is not None and "tombstone" in self._options["include"]:
@@ -188,7 +187,7 @@ class Decoder:
 
 
 def _texts(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Any, dict[int, str]]:
-    """Values as UTF-8; which they are, and why the others are not."""
+    """Decode as UTF-8; which they are, and why the others are not."""
     try:
         return values.cast(pa.string()), np.ones(len(values), bool), {}
     except pa.ArrowInvalid:
@@ -203,7 +202,7 @@ def _texts(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Any, dict[int, str
         return values.filter(pa.array(good)).cast(pa.string()), good, errors
 
 
-def _of_texts(decode: Values) -> Values:
+def _of_texts(decode: Decode) -> Decode:
     """A format over UTF-8 texts as a format over values."""
 
     def decode_values(values: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
@@ -220,37 +219,28 @@ def _of_texts(decode: Values) -> Values:
     return decode_values
 
 
-def _json(schema: Schema, con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+def _json(schema: Schema, con: duckdb.DuckDBPyConnection, _delimiter: str) -> Decode:
     decode = JsonColumns(schema, con).decode
     return _of_texts(_natively(schema, decode) if native_json.takes(schema) else decode)
 
 
-def _natively(schema: Schema, others: Values) -> Values:
+def _natively(schema: Schema, others: Decode) -> Decode:
     """`NativeJson` for what it takes, `others` for what it doesn't."""
     native = native_json.NativeJson(schema)
 
     def decode(texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
-        rows, taken = native.decode(texts)
-        if taken.all():
-            return rows, taken, {}
-        more, fits, errors = others(texts.filter(pa.array(~taken)))
-        left = np.flatnonzero(~taken)
-        good = np.zeros(len(taken), bool)
-        good[left[fits]] = True
-        if len(more):
-            rows = in_order(rows, taken, more, good)
-        return rows, taken | good, {int(left[i]): text for i, text in errors.items()}
+        return completed(texts, *native.decode(texts), others)
 
     return decode
 
 
-def _text(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+def _text(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Decode:
     return _of_texts(
         lambda texts: (pa.Table.from_arrays([texts], schema=schema.arrow), np.ones(len(texts), bool), {})
     )
 
 
-def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Values:
+def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> Decode:
     return lambda values: (
         pa.Table.from_arrays([values], schema=schema.arrow),
         np.ones(len(values), bool),
@@ -258,11 +248,11 @@ def _bytes(schema: Schema, _con: duckdb.DuckDBPyConnection, _delimiter: str) -> 
     )
 
 
-def _csv(schema: Schema, con: duckdb.DuckDBPyConnection, delimiter: str) -> Values:
+def _csv(schema: Schema, con: duckdb.DuckDBPyConnection, delimiter: str) -> Decode:
     return _of_texts(CsvColumns(schema, con, delimiter).decode)
 
 
-FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Values]] = {
+FORMATS: dict[str, Callable[[Schema, duckdb.DuckDBPyConnection, str], Decode]] = {
     "json": _json,
     "text": _text,
     "bytes": _bytes,

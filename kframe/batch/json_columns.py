@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kframe.batch import exact, strict
+from kframe.batch.fallback import completed
 from kframe.errors import SchemaError
 from kframe.schema import Field, Schema, Type
 
@@ -115,7 +116,7 @@ class JsonColumns:
         if not fits.all():
             table = table.filter(pa.array(fits))
             bulk[np.flatnonzero(bulk)[~fits]] = False
-        return (table, bulk, {}) if bulk.all() else self._with_strict(texts, table, bulk)
+        return completed(texts, table, bulk, self._one_by_one)
 
     # ---- in bulk ------------------------------------------------------------------------------------
 
@@ -222,24 +223,15 @@ class JsonColumns:
 
     # ---- record by record ---------------------------------------------------------------------------
 
-    def _with_strict(
-        self, texts: pa.ChunkedArray, table: pa.Table, bulk: Any
-    ) -> tuple[pa.Table, Any, dict[int, str]]:
-        """Decide the rows outside of `bulk` one by one, and put those that fit in their places."""
-        rest = np.flatnonzero(~bulk)
-        left = texts.take(pa.array(rest))
-        rows, good, errors = [], bulk.copy(), {}
-        for i, text, parts in zip(rest.tolist(), left.to_pylist(), self._json_parts(left), strict=True):
+    def _one_by_one(self, texts: pa.ChunkedArray) -> tuple[pa.Table, Any, dict[int, str]]:
+        rows, good, errors = [], np.ones(len(texts), bool), {}
+        for i, (text, parts) in enumerate(zip(texts.to_pylist(), self._json_parts(texts), strict=True)):
             try:
                 rows.append(strict.row(self.schema, _document(text, parts)) | (parts or {}))
-                good[i] = True
             except strict.Misfit as error:
                 errors[i] = str(error)
-        if not rows:
-            return table, good, errors
-        if not bulk.any():
-            return strict.to_arrow(rows, self.schema), good, errors
-        return in_order(table, bulk, strict.to_arrow(rows, self.schema), good & ~bulk), good, errors
+                good[i] = False
+        return strict.to_arrow(rows, self.schema), good, errors
 
     def _json_parts(self, texts: pa.ChunkedArray) -> list[dict[str, str | None] | None]:
         """Each text's ``json`` columns as the bulk path would give them; None: not valid JSON."""
@@ -263,12 +255,6 @@ class JsonColumns:
             return list(self._con.sql(query, params=parameters).to_arrow_table().columns)
         finally:
             self._con.unregister("texts")
-
-
-def in_order(rows: pa.Table, where: Any, more: pa.Table, where_more: Any) -> pa.Table:
-    """The rows of two tables in the order of their places, which two masks mark."""
-    order = np.concatenate([np.flatnonzero(where), np.flatnonzero(where_more)]).argsort()
-    return pa.concat_tables([rows, more.cast(rows.schema)]).take(pa.array(order))
 
 
 def unknown_fields(con: duckdb.DuckDBPyConnection, schema: Schema, texts: pa.ChunkedArray) -> dict[str, str]:
