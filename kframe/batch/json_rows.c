@@ -16,30 +16,34 @@
 #endif
 
 enum { DEPTH_MAX = 64, DIGITS_MAX = 18 }; /* any 18 digits fit an int64 */
-enum kind { BOOL, INT, FLOAT, TEXT, TIMESTAMP, DATE, DECIMAL };
+enum kind { BOOL, INT, FLOAT, TEXT, TIMESTAMP, DATE, DECIMAL, JSON, LIST, STRUCT };
 enum answer { REFUSED, TAKEN, OUT_OF_MEMORY };
 
-typedef struct {
+typedef struct column column_t;
+struct column {
     const char *name;
     int32_t name_size, kind, width, required;
-    int64_t low, high;         /* of an INT */
-    int32_t digits, scale;     /* of a DECIMAL; the digits of a TIMESTAMP's fraction are its scale */
-    int32_t zone, next;        /* next: the column whose name came behind this one's the last time */
-    int64_t seen;              /* the text that had it last, counted from 1 */
+    int64_t low, high;     /* of an INT */
+    int32_t digits, scale; /* of a DECIMAL; a TIMESTAMP's scale is the digits of its fraction */
+    int32_t zone, next;    /* next: the member whose name came behind this one's the last time */
+    int64_t seen;          /* the object that had it last, by number; of the whole: how many there were */
     uint8_t *values, *valid;
-    int32_t *ends;             /* of a TEXT */
+    int32_t *ends;         /* of a TEXT, JSON or LIST */
     int64_t rows_max, capacity;
-} column_t;
+    column_t *members;     /* of a STRUCT; one of a LIST */
+    int64_t count;         /* of members */
+};
 
 typedef struct {
     const uint8_t *at, *end;
+    int64_t objects; /* that are a row of columns, so far */
 } text_t;
 
 typedef struct {
     const uint8_t *begin;
     uint64_t digits; /* all of them as one number, while there are at most DIGITS_MAX */
     int64_t count, exponent;
-    int negative, whole;
+    int negative, whole, scientific;
 } number_t;
 
 static const uint64_t ONES = 0x0101010101010101u, HIGHS = 0x8080808080808080u;
@@ -157,35 +161,86 @@ static int take_number(text_t *t, number_t *n) {
             if (power < 100000) power = power * 10 + (*t->at - '0');
         n->exponent += negative ? -power : power;
         n->whole = 0;
+        n->scientific = 1;
     }
     return 1;
 }
 
-static int skip_value(text_t *t, int depth) {
+/* Room for `size` bytes of text. */
+static int room_for(column_t *c, int64_t size) {
+    if (size <= c->capacity) return 1;
+    uint8_t *grown = realloc(c->values, size + size / 2 + 4096);
+    if (!grown) return 0;
+    c->values = grown;
+    c->capacity = size + size / 2 + 4096;
+    return 1;
+}
+
+/* Where passed values are copied to, without the space between their parts; no column: nowhere. */
+typedef struct {
+    column_t *column;
+    int64_t end;
+} copy_t;
+
+static int put(copy_t *copy, const uint8_t *begin, const uint8_t *end) {
+    if (!copy->column) return 1;
+    if (!room_for(copy->column, copy->end + (end - begin))) return 0;
+    memcpy(copy->column->values + copy->end, begin, end - begin);
+    copy->end += end - begin;
+    return 1;
+}
+
+static int pass(text_t *t, uint8_t c, copy_t *copy) {
+    return next_is_behind_space(t, c) && put(copy, t->at - 1, t->at);
+}
+
+static int pass_word(text_t *t, const char *word, copy_t *copy) {
+    int64_t size = (int64_t)strlen(word);
+    return next_are(t, word, size) && put(copy, t->at - size, t->at);
+}
+
+static int pass_string(text_t *t, copy_t *copy) {
+    if (!next_is_behind_space(t, '"')) return 0;
+    const uint8_t *begin = t->at - 1;
+    if (!skip_string(t)) return 0;
+    return !copy->column || (!memchr(begin, '\\', t->at - begin) && put(copy, begin, t->at));
+}
+
+/* Copied are only numerals that whoever parses and writes them leaves as they are. */
+static int pass_number(text_t *t, copy_t *copy) {
     number_t n;
+    const uint8_t *begin = t->at;
+    if (!take_number(t, &n)) return 0;
+    if (!copy->column) return n.exponent + n.count < DBL_MAX_10_EXP;
+    int plain = n.whole ? n.count <= DIGITS_MAX && (n.count || !n.negative)
+                        : n.count && n.count <= DBL_DIG && !n.scientific && n.count + n.exponent > -3 &&
+                              (t->at[-1] != '0' || n.exponent == -1);
+    return plain && put(copy, begin, t->at);
+}
+
+static int pass_value(text_t *t, int depth, copy_t *copy) {
     skip_space(t);
     if (t->at == t->end || depth == DEPTH_MAX) return 0;
     switch (*t->at) {
-    case '"': t->at++; return skip_string(t);
-    case 't': return next_are(t, "true", 4);
-    case 'f': return next_are(t, "false", 5);
-    case 'n': return next_are(t, "null", 4);
+    case '"': return pass_string(t, copy);
+    case 't': return pass_word(t, "true", copy);
+    case 'f': return pass_word(t, "false", copy);
+    case 'n': return pass_word(t, "null", copy);
     case '[':
-        t->at++;
-        if (next_is_behind_space(t, ']')) return 1;
+        if (!pass(t, '[', copy)) return 0;
+        if (pass(t, ']', copy)) return 1;
         do
-            if (!skip_value(t, depth + 1)) return 0;
-        while (next_is_behind_space(t, ','));
-        return next_is_behind_space(t, ']');
+            if (!pass_value(t, depth + 1, copy)) return 0;
+        while (pass(t, ',', copy));
+        return pass(t, ']', copy);
     case '{':
-        t->at++;
-        if (next_is_behind_space(t, '}')) return 1;
-        do {
-            if (!next_is_behind_space(t, '"') || !skip_string(t)) return 0;
-            if (!next_is_behind_space(t, ':') || !skip_value(t, depth + 1)) return 0;
-        } while (next_is_behind_space(t, ','));
-        return next_is_behind_space(t, '}');
-    default: return take_number(t, &n) && n.exponent + n.count < DBL_MAX_10_EXP;
+        if (!pass(t, '{', copy)) return 0;
+        if (pass(t, '}', copy)) return 1;
+        do
+            if (!pass_string(t, copy) || !pass(t, ':', copy) || !pass_value(t, depth + 1, copy)) return 0;
+        while (pass(t, ',', copy));
+        return pass(t, '}', copy);
+    default: return pass_number(t, copy);
     }
 }
 
@@ -233,15 +288,6 @@ static int take_bool(column_t *c, int64_t row, text_t *t) {
     uint8_t *value = value_of(c, row);
     *value = next_are(t, "true", 4);
     return *value || next_are(t, "false", 5) ? TAKEN : REFUSED;
-}
-
-static int room_for(column_t *c, int64_t size) {
-    if (size <= c->capacity) return 1;
-    uint8_t *grown = realloc(c->values, size + size / 2 + 4096);
-    if (!grown) return 0;
-    c->values = grown;
-    c->capacity = size + size / 2 + 4096;
-    return 1;
 }
 
 static int take_text(column_t *c, int64_t row, text_t *t) {
@@ -350,9 +396,22 @@ static int take_decimal(column_t *c, int64_t row, text_t *t) {
     return TAKEN;
 }
 
+static int take_json(column_t *c, int64_t row, text_t *t) {
+    copy_t copy = {c, c->ends[row]};
+    if (!pass_value(t, 1, &copy)) return REFUSED;
+    c->ends[row + 1] = (int32_t)copy.end;
+    return TAKEN;
+}
+
+static int room_for_rows(column_t *c, int64_t rows);
+static int take_list(column_t *c, int64_t row, text_t *t);
+static int take_struct(column_t *c, int64_t row, text_t *t);
+
 static int take_value(column_t *c, int64_t row, text_t *t) {
     static int (*const take[])(column_t *, int64_t, text_t *) = {
-        take_bool, take_int, take_float, take_text, take_timestamp, take_date, take_decimal};
+        take_bool,      take_int,  take_float,   take_text, take_timestamp,
+        take_date,      take_decimal, take_json, take_list, take_struct,
+    };
     c->valid[row] = !next_are(t, "null", 4);
     return c->valid[row] ? take[c->kind](c, row, t) : TAKEN;
 }
@@ -360,104 +419,135 @@ static int take_value(column_t *c, int64_t row, text_t *t) {
 /* Make the value a NULL. */
 static int blank(column_t *c, int64_t row) {
     c->valid[row] = 0;
-    if (c->kind == TEXT) c->ends[row + 1] = c->ends[row];
-    else memset(value_of(c, row), 0, c->width);
+    if (c->ends) c->ends[row + 1] = c->ends[row];
+    else if (c->width) memset(value_of(c, row), 0, c->width);
+    else
+        for (int64_t i = 0; i < c->count; i++) blank(&c->members[i], row);
     return !c->required;
+}
+
+static int take_list(column_t *c, int64_t row, text_t *t) {
+    column_t *item = c->members;
+    int32_t end = c->ends[row];
+    if (!next_is(t, '[')) return REFUSED;
+    if (!next_is_behind_space(t, ']')) {
+        do {
+            if (!room_for_rows(item, end + 1)) return OUT_OF_MEMORY;
+            skip_space(t);
+            int answer = take_value(item, end, t);
+            if (answer != TAKEN) return answer;
+            if (!item->valid[end]) blank(item, end);
+            end++;
+        } while (next_is_behind_space(t, ','));
+        if (!next_is(t, ']')) return REFUSED;
+    }
+    c->ends[row + 1] = end;
+    return TAKEN;
 }
 
 /* ---- rows ---------------------------------------------------------------------------------------- */
 
-/* The column of a name; -1: none. */
-static int32_t find(const column_t *columns, int32_t n, const uint8_t *name, int64_t size) {
-    for (int32_t i = 0; i < n; i++)
-        if (columns[i].name_size == size && !memcmp(columns[i].name, name, size)) return i;
+/* The member of a name; -1: none. */
+static int32_t find(const column_t *c, const uint8_t *name, int64_t size) {
+    for (int32_t i = 0; i < c->count; i++)
+        if (c->members[i].name_size == size && !memcmp(c->members[i].name, name, size)) return i;
     return -1;
 }
 
 /* A name, and whose it is, tried first as `likeliest`'s, which spares a look at its end. 0: refused. */
-static int take_name(const column_t *columns, int32_t n, int32_t likeliest, text_t *t, int32_t *column) {
-    const column_t *c = &columns[likeliest];
+static int take_name(const column_t *c, int32_t likeliest, text_t *t, int32_t *member) {
+    const column_t *m = &c->members[likeliest];
     const uint8_t *name = t->at;
-    *column = likeliest;
-    if (next_are(t, c->name, c->name_size) && next_is(t, '"')) return 1;
+    *member = likeliest;
+    if (next_are(t, m->name, m->name_size) && next_is(t, '"')) return 1;
     t->at = name;
     skip_plain(t);
-    *column = find(columns, n, name, t->at - name);
+    *member = find(c, name, t->at - name);
     return next_is(t, '"');
 }
 
-static int take_members(column_t *columns, int32_t n, int64_t row, int64_t text, text_t *t) {
-    int32_t before = n - 1, column;
+static int take_members(column_t *c, int64_t row, text_t *t, int64_t object) {
+    copy_t nowhere = {NULL, 0};
+    column_t *before = &c->members[c->count - 1];
+    int32_t member;
     do {
-        if (!next_is_behind_space(t, '"') || !take_name(columns, n, columns[before].next, t, &column)) return REFUSED;
+        if (!next_is_behind_space(t, '"') || !take_name(c, before->next, t, &member)) return REFUSED;
         if (!next_is_behind_space(t, ':')) return REFUSED;
         skip_space(t);
-        if (column < 0) {
-            if (!skip_value(t, 1)) return REFUSED;
+        if (member < 0) {
+            if (!pass_value(t, 1, &nowhere)) return REFUSED;
             continue;
         }
-        if (columns[column].seen == text) return REFUSED;
-        columns[column].seen = text;
-        columns[before].next = column;
-        before = column;
-        int answer = take_value(&columns[column], row, t);
+        column_t *m = &c->members[member];
+        if (m->seen == object) return REFUSED;
+        m->seen = object;
+        before->next = member;
+        before = m;
+        int answer = take_value(m, row, t);
         if (answer != TAKEN) return answer;
     } while (next_is_behind_space(t, ','));
     return next_is(t, '}') ? TAKEN : REFUSED;
 }
 
-static int take_row(column_t *columns, int32_t n, int64_t row, int64_t text, text_t *t) {
-    if (!next_is_behind_space(t, '{')) return REFUSED;
+static int take_struct(column_t *c, int64_t row, text_t *t) {
+    int64_t object = ++t->objects;
+    if (!next_is(t, '{')) return REFUSED;
     if (!next_is_behind_space(t, '}')) {
-        int answer = take_members(columns, n, row, text, t);
+        int answer = take_members(c, row, t, object);
         if (answer != TAKEN) return answer;
     }
-    skip_space(t);
-    if (t->at != t->end) return REFUSED;
-    for (int32_t i = 0; i < n; i++)
-        if ((columns[i].seen != text || !columns[i].valid[row]) && !blank(&columns[i], row)) return REFUSED;
+    for (int64_t i = 0; i < c->count; i++) {
+        column_t *m = &c->members[i];
+        if ((m->seen != object || !m->valid[row]) && !blank(m, row)) return REFUSED;
+    }
     return TAKEN;
 }
 
-static int rows_max(column_t *columns, int32_t n, int64_t rows) {
-    for (int32_t i = 0; i < n; i++) {
-        column_t *c = &columns[i];
-        if (rows <= c->rows_max) continue;
-        uint8_t *valid = realloc(c->valid, rows);
-        if (valid) c->valid = valid;
-        void *grown = c->kind == TEXT ? realloc(c->ends, (rows + 1) * sizeof *c->ends)
-                                      : realloc(c->values, rows * c->width);
-        if (grown && c->kind == TEXT) c->ends = grown;
-        else if (grown) c->values = grown;
-        if (!valid || !grown) return 0;
-        if (c->kind == TEXT) c->ends[0] = 0;
-        c->rows_max = rows;
+static int room_for_rows(column_t *c, int64_t rows) {
+    for (int64_t i = 0; c->kind == STRUCT && i < c->count; i++)
+        if (!room_for_rows(&c->members[i], rows)) return 0;
+    if (rows <= c->rows_max) return 1;
+    rows += rows / 2;
+    uint8_t *valid = realloc(c->valid, rows);
+    if (!valid) return 0;
+    c->valid = valid;
+    if (c->kind == TEXT || c->kind == JSON || c->kind == LIST) {
+        int32_t *ends = realloc(c->ends, (rows + 1) * sizeof *ends);
+        if (!ends) return 0;
+        c->ends = ends;
+        ends[0] = 0;
+    } else if (c->width) {
+        uint8_t *values = realloc(c->values, rows * c->width);
+        if (!values) return 0;
+        c->values = values;
     }
+    c->rows_max = rows;
     return 1;
 }
 
 /* Take what can be taken of `count` texts, text i between bounds[i] and bounds[i + 1]; `taken` says which.
- * Returns how many rows the columns hold then, or -1: out of memory. */
-int64_t json_rows(column_t *columns, int32_t n, const uint8_t *data, const int32_t *bounds, int64_t count,
-                  uint8_t *taken) {
+ * `whole` is a STRUCT of the columns. Returns how many rows they hold then, or -1: out of memory. */
+int64_t json_rows(column_t *whole, const uint8_t *data, const int32_t *bounds, int64_t count, uint8_t *taken) {
     int64_t row = 0;
     if (!c_locale) c_locale = newlocale(LC_ALL_MASK, "C", NULL);
-    if (!c_locale || !rows_max(columns, n, count)) return -1;
-    for (int32_t i = 0; i < n; i++) columns[i].seen = 0;
+    if (!c_locale || !room_for_rows(whole, count)) return -1;
     for (int64_t i = 0; i < count; i++) {
-        text_t text = {data + bounds[i], data + bounds[i + 1]};
-        int answer = take_row(columns, n, row, i + 1, &text);
+        text_t text = {data + bounds[i], data + bounds[i + 1], whole->seen};
+        skip_space(&text);
+        int answer = take_struct(whole, row, &text);
+        whole->seen = text.objects;
         if (answer == OUT_OF_MEMORY) return -1;
-        taken[i] = answer == TAKEN;
+        skip_space(&text);
+        taken[i] = answer == TAKEN && text.at == text.end;
         row += taken[i];
     }
     return row;
 }
 
-void json_free(column_t *columns, int32_t n) {
-    for (int32_t i = 0; i < n; i++) {
-        free(columns[i].values);
-        free(columns[i].valid);
-        free(columns[i].ends);
-    }
+/* Free what the columns hold. */
+void json_free(column_t *c) {
+    for (int64_t i = 0; i < c->count; i++) json_free(&c->members[i]);
+    free(c->values);
+    free(c->valid);
+    free(c->ends);
 }

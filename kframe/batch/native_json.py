@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kframe.schema import Field, Schema, Type
+from kframe.schema import Schema, Type
 
 LIBRARY = Path(__file__).with_name("_json_rows.so")
-_KINDS = ("bool", "int", "float", "str", "timestamp", "date", "decimal")
+_KINDS = ("bool", "int", "float", "str", "timestamp", "date", "decimal", "json", "list", "struct")
 """In the order of json_rows.c's ``kind``."""
 _FRACTION = {"s": 0, "ms": 3, "us": 6}
 
@@ -28,15 +28,18 @@ _FRACTION = {"s": 0, "ms": 3, "us": 6}
 class _Column(ctypes.Structure):
     """json_rows.c's ``column_t``."""
 
-    _fields_ = [
-        ("name", c_char_p),
-        *((name, c_int32) for name in ("name_size", "kind", "width", "required")),
-        *((name, c_int64) for name in ("low", "high")),
-        *((name, c_int32) for name in ("digits", "scale", "zone", "next")),
-        ("seen", c_int64),
-        *((name, c_void_p) for name in ("values", "valid", "ends")),
-        *((name, c_int64) for name in ("rows_max", "capacity")),
-    ]
+
+_Column._fields_ = [
+    ("name", c_char_p),
+    *((name, c_int32) for name in ("name_size", "kind", "width", "required")),
+    *((name, c_int64) for name in ("low", "high")),
+    *((name, c_int32) for name in ("digits", "scale", "zone", "next")),
+    ("seen", c_int64),
+    *((name, c_void_p) for name in ("values", "valid", "ends")),
+    *((name, c_int64) for name in ("rows_max", "capacity")),
+    ("members", POINTER(_Column)),
+    ("count", c_int64),
+]
 
 
 @cache
@@ -46,15 +49,19 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     library.json_rows.restype = c_int64
-    library.json_rows.argtypes = [POINTER(_Column), c_int32, c_void_p, c_void_p, c_int64, c_void_p]
+    library.json_rows.argtypes = [POINTER(_Column), c_void_p, c_void_p, c_int64, c_void_p]
     library.json_free.restype = None
-    library.json_free.argtypes = [POINTER(_Column), c_int32]
+    library.json_free.argtypes = [POINTER(_Column)]
     return library
 
 
 def takes(schema: Schema) -> bool:
     """Whether `NativeJson` is there, and knows all of these types and names."""
-    return _library() is not None and all(f.type.kind in _KINDS and _plain(f.name) for f in schema)
+    return _library() is not None and all(_plain(f.name) and _known(f.type) for f in schema)
+
+
+def _known(type_: Type) -> bool:
+    return type_.kind in _KINDS and all(_plain(name) and _known(t) for name, t in type_.members)
 
 
 def _plain(name: str) -> bool:
@@ -77,13 +84,14 @@ class NativeJson:
         self._library = library
         self._schema = schema
         self._lock = threading.Lock()  # C uses the columns' memory again, without the GIL
-        self._columns = (_Column * len(schema.fields))(
-            *(_column(i, f, len(schema.fields)) for i, f in enumerate(schema))
-        )
+        whole = Type("struct", pa.struct(schema.arrow), "", tuple((f.name, f.type) for f in schema))
+        self._whole = _column("", whole)
+        for i, field in enumerate(schema):
+            self._whole.members[i].required = field.required
 
     def __del__(self) -> None:
-        if hasattr(self, "_columns"):
-            self._library.json_free(self._columns, len(self._columns))
+        if hasattr(self, "_whole"):
+            self._library.json_free(self._whole)
 
     def decode(self, texts: pa.ChunkedArray) -> tuple[pa.Table, Any]:
         """Decode what leaves no question open.
@@ -112,8 +120,7 @@ class NativeJson:
     def _chunk(self, texts: pa.StringArray, taken: Any) -> pa.RecordBatch:
         _, bounds, data = texts.buffers()
         n = self._library.json_rows(
-            self._columns,
-            len(self._columns),
+            self._whole,
             data.address if data else None,
             bounds.address + 4 * texts.offset,
             len(texts),
@@ -121,26 +128,31 @@ class NativeJson:
         )
         if n < 0:
             raise MemoryError
-        arrays = [_array(c, f.type, n) for c, f in zip(self._columns, self._schema, strict=True)]
+        arrays = [_array(self._whole.members[i], f.type, n) for i, f in enumerate(self._schema)]
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema.arrow)
 
 
-def _column(i: int, field: Field, n: int) -> _Column:
-    name, type_ = field.name.encode(), field.type
-    column = _Column(name, len(name), _KINDS.index(type_.kind), 1, field.required, next=(i + 1) % n)
-    if type_.kind not in ("str", "bool"):
-        column.width = type_.arrow.bit_width // 8
+def _column(name: str, type_: Type, next_: int = 0) -> _Column:
+    made = _Column(name.encode(), len(name.encode()), _KINDS.index(type_.kind), next=next_)
+    if type_.kind == "bool":
+        made.width = 1
+    elif type_.kind not in ("str", "json", "list", "struct"):
+        made.width = type_.arrow.bit_width // 8
     if type_.kind == "int":
         bits, unsigned = type_.arrow.bit_width, type_.text.startswith("u")
-        column.low = 0 if unsigned else -(2 ** (bits - 1))
-        column.high = min(2**bits if unsigned else 2 ** (bits - 1), 2**63) - 1
+        made.low = 0 if unsigned else -(2 ** (bits - 1))
+        made.high = min(2**bits if unsigned else 2 ** (bits - 1), 2**63) - 1
     elif type_.kind == "timestamp":
-        column.scale, column.zone = _FRACTION[type_.arrow.unit], type_.arrow.tz is not None
-        column.high = (2**63 - 1) // 10 ** (6 - column.scale)  # the store counts microseconds
-        column.low = -column.high
+        made.scale, made.zone = _FRACTION[type_.arrow.unit], type_.arrow.tz is not None
+        made.high = (2**63 - 1) // 10 ** (6 - made.scale)  # the store counts microseconds
+        made.low = -made.high
     elif type_.kind == "decimal":
-        column.digits, column.scale = type_.arrow.precision, type_.arrow.scale
-    return column
+        made.digits, made.scale = type_.arrow.precision, type_.arrow.scale
+    elif type_.members:
+        made.count = n = len(type_.members)
+        members = (_column(member, t, (i + 1) % n) for i, (member, t) in enumerate(type_.members))
+        made.members = (_Column * n)(*members)
+    return made
 
 
 def _array(column: _Column, type_: Type, n: int) -> pa.Array:
@@ -148,17 +160,21 @@ def _array(column: _Column, type_: Type, n: int) -> pa.Array:
     valid = np.frombuffer(_copy(column.valid, n), bool)
     nulls = n - int(np.count_nonzero(valid))
     buffers = [_bits(valid) if nulls else None]
-    if type_.kind == "str":
-        ends = _copy(column.ends, 4 * (n + 1))
-        buffers += [
-            pa.py_buffer(ends),
-            pa.py_buffer(_copy(column.values, int(np.frombuffer(ends, np.int32)[-1]))),
-        ]
+    children = []
+    if type_.kind in ("str", "json", "list"):
+        ends = np.frombuffer(_copy(column.ends, 4 * (n + 1)) if n else bytes(4), np.int32)
+        buffers.append(pa.py_buffer(ends))
+        if type_.kind == "list":
+            children.append(_array(column.members[0], type_.members[0][1], int(ends[-1])))
+        else:
+            buffers.append(pa.py_buffer(_copy(column.values, int(ends[-1]))))
+    elif type_.kind == "struct":
+        children = [_array(column.members[i], t, n) for i, (_, t) in enumerate(type_.members)]
     elif type_.kind == "bool":
         buffers.append(_bits(np.frombuffer(_copy(column.values, n), bool)))
     else:
         buffers.append(pa.py_buffer(_copy(column.values, n * column.width)))
-    return pa.Array.from_buffers(type_.arrow, n, buffers, null_count=nulls)
+    return pa.Array.from_buffers(type_.arrow, n, buffers, nulls, children=children)
 
 
 def _copy(address: int | None, size: int) -> bytes:

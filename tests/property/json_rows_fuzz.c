@@ -10,6 +10,7 @@ static const char *const SEEDS[] = {
     "\"f\":\"2024-02-29\",\"g\":\"12.50\",\"h\":{\"x\":[1,2,{\"y\":null}]}}",
     "{ \"g\" : 123456789012.25 , \"f\":null,\"a\":123456789012345678,\"c\":0.30000000000000004441}",
     "{\"h\":[[[[[[[[]]]]]]]],\"e\":1700000000000,\"b\":\"a long text without any escape in it\"}",
+    "{\"i\":[1,null,2.5],\"j\":{\"k\":[\"x\",null],\"l\":\"y\"},\"m\":{\"n\":[1,{\"o\": 0.5}]},\"i2\":[[\"z\"],[]]}",
     "{}",
 };
 static const char ODD[] = "\"\\{}[],:0123456789.eE+-tfnuZT \n\x01\x7f\xc3\xa9";
@@ -38,6 +39,12 @@ static int64_t mutated(uint8_t *text) {
 }
 
 int main(int count, char **arguments) {
+    column_t number = {.name = "", .kind = FLOAT, .width = 8}, word = {.name = "", .kind = TEXT};
+    column_t words = {.name = "", .kind = LIST, .members = &word, .count = 1};
+    column_t others[] = {
+        {.name = "k", .name_size = 1, .kind = LIST, .members = &(column_t){.name = "", .kind = TEXT}, .count = 1, .next = 1},
+        {.name = "l", .name_size = 1, .kind = TEXT},
+    };
     column_t columns[] = {
         {.name = "a", .kind = INT, .width = 8, .low = INT64_MIN, .high = INT64_MAX},
         {.name = "b", .kind = TEXT},
@@ -46,9 +53,17 @@ int main(int count, char **arguments) {
         {.name = "e", .kind = TIMESTAMP, .width = 8, .low = INT64_MIN, .high = INT64_MAX, .scale = 6, .zone = 1},
         {.name = "f", .kind = DATE, .width = 4},
         {.name = "g", .kind = DECIMAL, .width = 16, .digits = 18, .scale = 4},
+        {.name = "i", .kind = LIST, .members = &number, .count = 1},
+        {.name = "j", .kind = STRUCT, .members = others, .count = 2},
+        {.name = "m", .kind = JSON},
+        {.name = "i2", .kind = LIST, .members = &words, .count = 1},
     };
     int32_t n = sizeof columns / sizeof *columns;
-    for (int32_t i = 0; i < n; i++) columns[i].name_size = 1, columns[i].next = (i + 1) % n;
+    for (int32_t i = 0; i < n; i++) {
+        columns[i].name_size = (int32_t)strlen(columns[i].name);
+        columns[i].next = (i + 1) % n;
+    }
+    column_t whole = {.name = "", .kind = STRUCT, .members = columns, .count = n};
     int64_t rows = 0;
     for (long batch = 0, batches = count > 1 ? atol(arguments[1]) : 0; batch < batches; batch++) {
         uint8_t text[SIZE_MAX_], taken[TEXTS_MAX], *data = NULL;
@@ -60,10 +75,10 @@ int main(int count, char **arguments) {
             memcpy(more + bounds[i], text, bounds[i + 1] - bounds[i]);
             data = more;
         }
-        rows += json_rows(columns, n, data, bounds, texts, taken);
+        rows += json_rows(&whole, data, bounds, texts, taken);
         free(data);
     }
-    json_free(columns, n);
+    json_free(&whole);
     printf("%ld\n", (long)rows);
     return 0;
 }
