@@ -100,7 +100,8 @@ def _backpressure_table(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
-def _restart_table(rows: Sequence[Row]) -> str:
+def restart_table(rows: Sequence[Row]) -> str:
+    """Seconds of each system: the middle round's, and the range of all."""
     head = (
         "system", "version", "rows", "restoring, s", "rows/s", "empty folder to first new commit, s",
         "SIGKILL to first new commit, s", "peak MB",
@@ -123,7 +124,7 @@ TABLES = {
     "latency": _latency_table,
     "growth": _growth_table,
     "backpressure": _backpressure_table,
-    "restart": _restart_table,
+    "restart": restart_table,
 }
 
 

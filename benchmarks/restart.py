@@ -188,13 +188,13 @@ class Changelog:
     def __exit__(self, *_: object) -> None:
         self._consumer.close()
 
-    def until(self, orders: range) -> float:
+    def until(self, orders: range, timeout_s: float = TIMEOUT_S) -> float:
         """When the last sku of `orders` had been committed."""
         wanted = {b"sku-%04d" % (i % self._skus) for i in orders}
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while left := len(wanted - self._seen):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{left} of {len(orders)} orders not committed after {TIMEOUT_S} s")
+                raise TimeoutError(f"{left} of {len(orders)} orders not committed after {timeout_s} s")
             keys = [record.key() or b"" for record in self._consumer.consume(1000, 0.02)]
             self._seen.update(key.removesuffix(b'"}]').rpartition(b'"')[2] for key in keys)
         return time.monotonic()
