@@ -45,7 +45,7 @@ SESSION_S = 6
 """Of both systems: how long the group waits for a silent member."""
 NEW = 1_000
 """Orders that wait for an instance in an empty folder."""
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 class Restartable(Peer, Protocol):
@@ -266,8 +266,9 @@ class Restart:
                 with self._changelog() as changelog:
                     with self._orders.flowing(self._rate):
                         time.sleep(STEADY_S)
+                        killed = time.monotonic()
                         active.kill()
-                        killed, first = time.monotonic(), self._orders.sent
+                        first = self._orders.sent
                         yield changelog.until(range(first, first + PARTITIONS)) - killed
                     changelog.until(range(self._orders.sent - PARTITIONS, self._orders.sent))
                 active = standby
