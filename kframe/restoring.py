@@ -39,7 +39,7 @@ class Restored:
         at = f", committed at {self.committed_at:%Y-%m-%d %H:%M:%S} UTC" if self.committed_at else ""
         batch = f"batch {self.batch_id}{at}" if self.batch_id >= 0 else "before its first batch"
         rows = [f"  {name}: {rows:,} rows" for name, rows in self.tables.items()]
-        positions = [f"  {tp}: {offset:,}" for tp, offset in self.positions.items()]
+        positions = [f"  {tp}: {offset}" for tp, offset in self.positions.items()]
         return "\n".join(
             [
                 f"{self.path} holds pipeline {self.pipeline!r} as of {batch} (in {self.seconds:.1f} s).",
