@@ -6,6 +6,6 @@
 `measure`         one process and its children: seconds, CPU, memory
 `peers`           one module per system, behind one small interface
 `throughput`      every peer on the same topic, one after another
-`latency`, `growth`, `backpressure`
+`latency`, `growth`, `backpressure`, `restart`
 `results`         JSON files; `page` and `plots` make docs/performance.md from them
 """

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable
 
 import kframe as kf
-from benchmarks import backpressure, growth, latency, page, results, throughput
+from benchmarks import backpressure, growth, latency, page, restart, results, throughput
 from benchmarks.peers import WORK
 
 Rows = list[dict[str, object]]
@@ -53,6 +53,13 @@ def _backpressure(kafka: kf.LocalKafka, args: argparse.Namespace) -> None:
     results.save("backpressure", rows, records=records, sample_s=backpressure.SAMPLE_S)
 
 
+def _restart(kafka: kf.LocalKafka, args: argparse.Namespace) -> None:
+    records = min(args.records, restart.KEYS_MAX)
+    rows = _shown(restart.run(kafka, records))
+    settings = {"rate": restart.RATE, "session_timeout_s": restart.SESSION_S, "rounds": restart.ROUNDS}
+    results.save("restart", rows, records=records, **settings)
+
+
 def _shown(rows: Iterable[dict[str, object]]) -> Rows:
     """The rows, each printed as soon as it is there."""
     found = []
@@ -67,6 +74,7 @@ BENCHMARKS = {
     "latency": _latency,
     "growth": _growth,
     "backpressure": _backpressure,
+    "restart": _restart,
 }
 
 

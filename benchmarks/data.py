@@ -38,10 +38,10 @@ def expected(records: int) -> Sums:
     return Sums(records, records, int(qty.sum()), float((qty * (i % 400) / 4).sum()))
 
 
-def order(i: int) -> str:
+def order(i: int, skus: int = SKUS) -> str:
     """Order `i` as JSON. Prices are quarters, so that sums of floats are exact in any order."""
     return (
-        f'{{"order_id":{i},"sku":"sku-{i % SKUS:04d}","qty":{i % 9 + 1},"price":{i % 400 / 4},'
+        f'{{"order_id":{i},"sku":"sku-{i % skus:04d}","qty":{i % 9 + 1},"price":{i % 400 / 4},'
         f'"ts":{1_700_000_000_000 + i},"region":"{REGIONS[i % 3]}","user":"user-{i % 9973:05d}"}}'
     )
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 _TICKS_S = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,77 @@ class Measured:
     said: str
 
 
+class Program:
+    """A program that speaks as `benchmarks.marks` says, from its start to the end of its processes.
+
+    A context: afterwards its input is closed and its processes are gone, in every case.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it runs, and where its log goes.
+    timeout_s : float
+        It is ended after so many seconds.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, *, timeout_s: float = 3600) -> None:
+        self._log = folder / "program.log"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with self._log.open("w") as errors:
+            self.began = time.monotonic()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+                cwd=folder,
+                start_new_session=True,
+            )
+        self._alarm = threading.Timer(timeout_s, self.kill)
+        self._alarm.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._alarm.cancel()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process.stdout.close()
+
+    def wait_for(self, mark: str) -> tuple[float, str]:
+        """When the program said `mark`, and the rest of that line.
+
+        Raises
+        ------
+        ProgramFailed
+            It ended without; the message has the end of its log.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.split(maxsplit=1)[:1] == [mark]:
+                return time.monotonic(), line.removeprefix(mark).strip()
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        raise ProgramFailed(f"ended before {mark!r}: " + " | ".join(lines[-3:])[-400:])
+
+    def usage(self) -> tuple[float, float]:
+        """CPU seconds and the sum of the memory peaks (MB) of the program and its children."""
+        return _usage(self._process.pid)
+
+    def kill(self) -> None:
+        """SIGKILL, to all of its processes."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
 def measure(
     command: Sequence[str],
     folder: Path,
@@ -52,42 +124,13 @@ def measure(
     ProgramFailed
         It ended without ``done`` or ran longer than `timeout_s`; the message has the end of its log.
     """
-    log = folder / "program.log"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with log.open("w") as errors:
-        began = time.monotonic()
-        program = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=env,
-            cwd=folder,
-            start_new_session=True,
-        )
-        alarm = threading.Timer(timeout_s, _end, [program.pid])
-        alarm.start()
-        try:
-            consuming = _wait_for("consuming", program, log)[0]
-            if meanwhile is not None:
-                meanwhile()
-            ended, said = _wait_for("done", program, log)
-            cpu_s, memory_mb = _usage(program.pid)
-        finally:
-            alarm.cancel()
-            _close(program)
-    return Measured(ended - began, ended - consuming, cpu_s, memory_mb, said)
-
-
-def _wait_for(mark: str, program: subprocess.Popen[str], log: Path) -> tuple[float, str]:
-    """When the program said `mark`, and the rest of that line."""
-    assert program.stdout is not None
-    for line in program.stdout:
-        if line.split(maxsplit=1)[:1] == [mark]:
-            return time.monotonic(), line.removeprefix(mark).strip()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    raise ProgramFailed(f"ended before {mark!r}: " + " | ".join(lines[-3:])[-400:])
+    with Program(command, folder, timeout_s=timeout_s) as program:
+        consuming = program.wait_for("consuming")[0]
+        if meanwhile is not None:
+            meanwhile()
+        ended, said = program.wait_for("done")
+        cpu_s, memory_mb = program.usage()
+    return Measured(ended - program.began, ended - consuming, cpu_s, memory_mb, said)
 
 
 def _usage(pid: int) -> tuple[float, float]:
@@ -119,19 +162,3 @@ def resident_mb(pid: int | str = "self") -> float:
 def _status_mb(pid: int | str, name: str) -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)
-
-
-def _close(program: subprocess.Popen[str]) -> None:
-    assert program.stdin is not None
-    program.stdin.close()
-    try:
-        program.wait(60)
-    except subprocess.TimeoutExpired:
-        _end(program.pid)
-        program.wait()
-    assert program.stdout is not None
-    program.stdout.close()
-
-
-def _end(pid: int) -> None:
-    os.killpg(pid, signal.SIGKILL)

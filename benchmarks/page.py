@@ -100,11 +100,31 @@ def _backpressure_table(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
+def restart_table(rows: Sequence[Row]) -> str:
+    """Seconds of each system: the middle round's, and the range of all."""
+    head = (
+        "system", "version", "rows", "restoring, s", "rows/s", "empty folder to first new commit, s",
+        "SIGKILL to first new commit, s", "peak MB",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        figures = [row["problem"]]
+        if not row["problem"]:
+            figures = [
+                _show(row["rows"]), _show(row["restoring_s"]), _show(row["rate"]),
+                _with_range(row["restore_s"], row["restores_s"]),
+                _with_range(row["takeover_s"], row["takeovers_s"]), _show(row["memory_mb"]),
+            ]  # fmt: skip
+        lines.append([row["peer"], row["version"], *figures])
+    return _table(head, lines)
+
+
 TABLES = {
     "throughput": lambda rows: throughput_table(rows) + "\n" + _peers_table(rows),
     "latency": _latency_table,
     "growth": _growth_table,
     "backpressure": _backpressure_table,
+    "restart": restart_table,
 }
 
 
@@ -128,6 +148,10 @@ def _between_markers(text: str, name: str, content: str) -> str:
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *([*line, *[""] * (len(head) - len(line))] for line in lines)]
     return "".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |\n" for row in rows)
+
+
+def _with_range(middle: float, found: Sequence[float]) -> str:
+    return f"{middle} ({min(found)} to {max(found)})"
 
 
 def _ratio(value: float, base: float) -> str:

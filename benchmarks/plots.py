@@ -89,11 +89,29 @@ def _backpressure(rows: Sequence[Row]) -> None:
     _save(figure, "backpressure")
 
 
+def _restart(rows: Sequence[Row]) -> None:
+    """Bars of seconds to the first new commit; a dot a round."""
+    rows = [row for row in rows if not row["problem"]][::-1]
+    figure, panels = plt.subplots(2, 1, figsize=(8, 3), layout="constrained")
+    titles = ("restore in an empty folder", "takeover by a standby")
+    for panel, what, title in zip(panels, ("restore", "takeover"), titles, strict=True):
+        names = [row["peer"] for row in rows]
+        seconds = [row[f"{what}_s"] for row in rows]
+        panel.barh(names, seconds, color=[OURS if name == "kframe" else THEIRS for name in names])
+        for row in rows:
+            rounds = row[f"{what}s_s"]
+            panel.plot(rounds, [row["peer"]] * len(rounds), "o", color="black", markersize=3)
+        panel.set_title(title, loc="left", fontsize=10)
+    panels[-1].set_xlabel("seconds to the first new commit")
+    _save(figure, "restart")
+
+
 PLOTS = {
     "throughput": _throughput,
     "latency": _latency,
     "growth": _growth,
     "backpressure": _backpressure,
+    "restart": _restart,
 }
 
 

@@ -7,7 +7,7 @@ The layout, top to bottom; imports point down only::
     pipeline                        what users touch
     run, taking_over, rebuild, ...  one run, and before it; a table anew; queries; what a run tells
     notebook, meter                 pages, live panels and results; rates
-    standalone, replica             topics without a pipeline; a copy of another's tables
+    standalone, replica, restoring  topics without a pipeline; a copy of another's tables; its state anew
     definition, config              what a pipeline is made of; its options
     standby                         the changelog, restoring from it, which instance is active
     engine, worker, ahead           the batch protocol; its pure part; the next batch in advance
@@ -26,6 +26,7 @@ from kframe.notebook.live import LiveView, report
 from kframe.pipeline import Pipeline
 from kframe.reading import Result
 from kframe.replica import Replica, follow
+from kframe.restoring import Restored, restore
 from kframe.schema import Schema
 from kframe.standalone import peek, read, write
 from kframe.status import Status
@@ -35,6 +36,7 @@ __all__ = [
     "LocalKafka",
     "Pipeline",
     "Replica",
+    "Restored",
     "Result",
     "RunReport",
     "Schema",
@@ -45,6 +47,7 @@ __all__ = [
     "peek",
     "read",
     "report",
+    "restore",
     "write",
 ]
 

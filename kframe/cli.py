@@ -15,6 +15,7 @@ from kframe.commit.repair import repair
 from kframe.commit.store import Store, open_store
 from kframe.errors import ConfigError, KframeError
 from kframe.pipeline import Pipeline
+from kframe.restoring import restore
 from kframe.standalone import peek
 
 _POSITIONS = """
@@ -81,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         shown.set_defaults(command=_show, query=query, pipeline=None)
         if name == "offsets":
             shown.add_argument("--pipeline")
+
+    anew = commands.add_parser("restore", help="a pipeline's tables and positions from its changelog")
+    anew.add_argument("pipeline", help="its name")
+    anew.add_argument("file", help="made when missing")
+    anew.add_argument("--brokers", required=True)
+    anew.set_defaults(command=lambda args: print(restore(args.pipeline, args.file, brokers=args.brokers)))
 
     small = commands.add_parser("compact", help="give back the space that updates have left in a file")
     small.add_argument("file")

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.store import open_store, quote
 from kframe.errors import ConfigError
+from kframe.progress import progress_bar
 from kframe.reading import Result, query
 from kframe.source.settings import Settings
-from kframe.standby.standing import changelog_topic, follower, tombstones_kept
+from kframe.standby.standing import existing_changelog, follower
 
 
 def follow(
@@ -72,13 +72,7 @@ class Replica:
     ) -> None:
         self.pipeline = pipeline
         settings = Settings(brokers, kafka_config)
-        topic = changelog_topic(pipeline)
-        retention = tombstones_kept(settings, topic)
-        if retention is None:
-            raise ConfigError(
-                f"Pipeline {pipeline!r} publishes no changelog: there is no topic {topic!r}.",
-                hint=f"Run it with standby=True: Pipeline(..., name={pipeline!r}, standby=True).",
-            )
+        topic, retention = existing_changelog(settings, pipeline)
         self._store = open_store(path)
         self._store.use(self)
         self._ledger = Ledger(self._store, pipeline)
@@ -102,13 +96,8 @@ class Replica:
     def update(self, *, progress: bool = True) -> Self:
         """Apply what the pipeline has committed and published up to now. Errors as of `follow`."""
         self.stop()
-        with tqdm(
-            desc=f"{self.pipeline} restoring",
-            unit=" records",
-            unit_scale=True,
-            disable=None if progress else True,
-        ) as bar:
-            if not self._follower.catch_up(bar.update):
+        with progress_bar(f"{self.pipeline} restoring", " records", shown=progress) as advance:
+            if not self._follower.catch_up(advance):
                 raise ConfigError(
                     f"{self._store.path} is the pipeline's own file, or its changelog is still empty.",
                     kept="Nothing was changed.",

@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tqdm.auto import tqdm
-
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
 from kframe.commit.store import Store
@@ -33,6 +31,7 @@ from kframe.errors import (
 from kframe.executors.local import Executor
 from kframe.meter import Meter
 from kframe.model import BatchReport, Fetched, Outlet, RunReport, TopicPartition
+from kframe.progress import Advance, progress_bar
 from kframe.source.protocol import Source
 from kframe.standby.election import Election
 from kframe.standby.standing import Standby
@@ -219,7 +218,7 @@ class Run(TakingOver):
         def called() -> bool:
             return self._stop.is_set() or election.active
 
-        with self._progress_bar(0, "restoring", " records") as advance:
+        with self._progress_bar(None, "restoring", " records") as advance:
             standby.catch_up(called, advance)
         patience = time.monotonic() + (_PATIENCE_S if self.bounded else math.inf)
         standby.follow(lambda: called() or time.monotonic() > patience)
@@ -375,21 +374,16 @@ class Run(TakingOver):
         self.state = state
 
     @contextlib.contextmanager
-    def _bar(self, engine: Engine) -> Iterator[Callable[[int], object]]:
+    def _bar(self, engine: Engine) -> Iterator[Advance]:
         total = sum(engine.stops[tp] - p.offset for tp, p in engine.positions.items()) if engine.stops else 0
         with self._progress_bar(total, "", " records") as advance:
             yield advance
 
     @contextlib.contextmanager
-    def _progress_bar(self, total: int, doing: str, unit: str) -> Iterator[Callable[[int], object]]:
-        with tqdm(
-            total=total,
-            desc=f"{self._definition.pipeline} {doing}".strip(),
-            unit=unit,
-            unit_scale=True,
-            disable=None if self._progress and self.bounded else True,
-        ) as bar:
-            yield bar.update
+    def _progress_bar(self, total: int | None, doing: str, unit: str) -> Iterator[Advance]:
+        what = f"{self._definition.pipeline} {doing}".strip()
+        with progress_bar(what, unit, shown=self._progress and self.bounded, total=total) as advance:
+            yield advance
 
     def _stopped(self) -> bool:
         return self._stop.is_set() or not self._unpaused.is_set() or self._deposed()

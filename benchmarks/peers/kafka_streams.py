@@ -33,14 +33,23 @@ class KafkaStreams:
         job = [run.job, run.brokers, run.topic, str(run.folder), _application(run)]
         return ["java", "-Xmx1g", "-cp", classes, "kframe.Orders", *job]
 
+    def group(self, run: Run) -> str:
+        """The consumer group of its instances."""
+        return _application(run)
+
+    def changelog(self, run: Run) -> str:
+        """The topic from which its state is restored."""
+        return f"{_application(run)}-totals-changelog"
+
     def sums(self, run: Run, said: str) -> Sums:
         """Of the output topic, or of the state store's changelog."""
         if run.job == "land":
             return sums_of_topic(run.brokers, f"{_application(run)}-output")
-        totals = latest_of_topic(run.brokers, f"{_application(run)}-totals-changelog").values()
+        totals = latest_of_topic(run.brokers, self.changelog(run)).values()
         n, qty, revenue = (sum(column) for column in zip(*map(TOTALS.unpack, totals), strict=True))
         return Sums(n, None, qty, revenue)
 
 
 def _application(run: Run) -> str:
-    return f"streams-{run.job}-{run.folder.name}"
+    """Instances that restart elsewhere are of one application, each in a folder of its own."""
+    return f"streams-{run.job}-{run.topic if run.job == 'restart' else run.folder.name}"

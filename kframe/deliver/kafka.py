@@ -109,18 +109,13 @@ class TransactionalTopics:
         self._spare, self._begun = None, False
         if old is not None:
             old.producer.purge()
-        init = self._sender.producer.init_transactions
-        self._timed(lambda: init(_TIMEOUT_S))
+        new = self._sender
+        self._timed(lambda: _connect(new), lambda: new.producer.init_transactions(_TIMEOUT_S))
 
     def _warmed(self) -> Sender:
         """A producer for later, which connects meanwhile."""
         spare = Sender(self._config)
-
-        def connect() -> None:
-            with contextlib.suppress(ck.KafkaException):
-                spare.producer.list_topics(MARKER, timeout=_TIMEOUT_S)
-
-        threading.Thread(target=connect, name="kframe-producer-warm", daemon=True).start()
+        threading.Thread(target=_connect, args=[spare], name="kframe-producer-warm", daemon=True).start()
         return spare
 
     def _timed(self, *calls: Callable[[], Any]) -> float:
@@ -185,6 +180,12 @@ class TransactionalTopics:
             kept="Nothing of this delivery is visible; the rows are kept in the outbox.",
             hint="Use the newer run, or give this pipeline another name=.",
         )
+
+
+def _connect(sender: Sender) -> None:
+    """Be connected: else `init_transactions` finds no coordinator, and asks again half a second later."""
+    with contextlib.suppress(ck.KafkaException):
+        sender.producer.list_topics(MARKER, timeout=_TIMEOUT_S)
 
 
 class IdempotentTopics:

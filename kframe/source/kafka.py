@@ -22,6 +22,7 @@ from kframe.source.settings import Settings
 from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
+_BOUNDED_WAIT_MS = 20
 _LEADERLESS = {ck.KafkaError.NOT_LEADER_FOR_PARTITION, ck.KafkaError.LEADER_NOT_AVAILABLE}
 T = TypeVar("T")
 
@@ -120,11 +121,13 @@ class KafkaSource:
         """Begin to read at `positions`, as far as `stops`."""
         self.close()
         self._check_not_lost(positions)
-        drain = self._drain({tp.topic for tp in positions})
+        drain = self._drain({tp.topic for tp in positions}, bounded=stops is not None)
         self._reader = Reader(drain, positions, stops, limits=limits, alive=self._recovered)
 
-    def _drain(self, topics: set[str]) -> Drain:
+    def _drain(self, topics: set[str], *, bounded: bool) -> Drain:
         config = self._settings.consumer(self._group_id)
+        if bounded:  # where a log ends with a transaction's marker, only an empty fetch says that it ends
+            config.setdefault("fetch.wait.max.ms", _BOUNDED_WAIT_MS)
         with _redacted(self._settings):
             if takes(config) and not self._headers:
                 return NativeDrain(config, self._on_error)

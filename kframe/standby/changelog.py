@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,6 +27,7 @@ from kframe.model import Change
 RECORD = pa.schema([("key", pa.binary()), ("value", pa.binary())])
 _COMMIT = b'["commit"]'
 _N = "_kframe_n"
+_LOG = "_kframe_log"
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,14 @@ class Log:
     def __init__(self, cur: duckdb.DuckDBPyConnection, records: pa.Table) -> None:
         self._cur = cur
         texts = {"k": records["key"].cast(pa.string()), "v": records["value"].cast(pa.string())}
-        rows = pa.table({**texts, "i": pa.array(range(records.num_rows), pa.int64())})
-        with registered(cur, "_kframe_log", rows) as log:
-            self._rows = cur.sql(
-                f"SELECT k, arg_max(struct_pack(v := v), i).v AS v, max(i) AS i, k ->> '$[0]' AS kind, "
-                f"k ->> '$[1]' AS schema, k ->> '$[2]' AS name FROM {log} GROUP BY k ORDER BY i"
-            ).to_arrow_table()
+        rows = pa.table({**texts, "i": pa.array(np.arange(records.num_rows))})
+        with registered(cur, "_kframe_records", rows) as log:
+            cur.execute(
+                f"CREATE OR REPLACE TEMP TABLE {_LOG} AS "
+                "SELECT k, v, i, path[1] AS kind, path[2] AS schema, path[3] AS name FROM (SELECT *, "
+                f"json_extract_string(k, ['$[0]', '$[1]', '$[2]']) AS path FROM {log} "
+                f"WHERE i IN (SELECT max(i) FROM {log} GROUP BY k)) ORDER BY i"
+            )
 
     def definitions(self) -> Iterator[str]:
         """SQL that makes the tables and columns, then the views; to be run before `changes`."""
@@ -146,21 +150,16 @@ class Log:
 
     def changes(self, next_batch_id: int) -> Iterator[Change]:
         """The rows, table by table; without those that batches before `next_batch_id` have added."""
-        with registered(self._cur, "_kframe_log", self._rows) as log:
-            found = (
-                f"SELECT DISTINCT schema, name, kind FROM {log} WHERE kind IN ('row', 'added') ORDER BY ALL"
-            )
-            for schema, name, kind in self._cur.execute(found).fetchall():
-                columns = self._cur.execute(f"DESCRIBE {quote(schema)}.{quote(name)}").fetchall()
-                types = {str(column[0]): str(column[1]) for column in columns}
-                mine = (
-                    f"{log} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
-                )
-                if kind == "added":
-                    later = f"{mine} AND CAST(k ->> '$[3]' AS BIGINT) >= {next_batch_id}"
-                    yield Change(name, self._typed("v", types, later), schema=schema)
-                else:
-                    yield self._upsert(schema, name, types, mine)
+        found = f"SELECT DISTINCT schema, name, kind FROM {_LOG} WHERE kind IN ('row', 'added') ORDER BY ALL"
+        for schema, name, kind in self._cur.execute(found).fetchall():
+            columns = self._cur.execute(f"DESCRIBE {quote(schema)}.{quote(name)}").fetchall()
+            types = {str(column[0]): str(column[1]) for column in columns}
+            mine = f"{_LOG} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
+            if kind == "added":
+                later = f"{mine} AND CAST(k ->> '$[3]' AS BIGINT) >= {next_batch_id}"
+                yield Change(name, self._typed("v", types, later), schema=schema)
+            else:
+                yield self._upsert(schema, name, types, mine)
 
     def _upsert(self, schema: str, name: str, types: Mapping[str, str], mine: str) -> Change:
         (told,) = self._cur.execute(f"SELECT json_keys(k, '$[3]') FROM {mine} LIMIT 1").fetchall()[0]
@@ -176,8 +175,9 @@ class Log:
         return self._cur.sql(f"SELECT {casts} FROM ({parsed}) ORDER BY i").to_arrow_table()
 
     def _told(self, kind: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        for row in self._rows.filter(pc.equal(self._rows["kind"], kind)).to_pylist():
-            yield row["schema"], row["name"], json.loads(row["v"])
+        told = self._cur.execute(f"SELECT schema, name, v FROM {_LOG} WHERE kind = '{kind}' ORDER BY i")
+        for schema, name, value in told.fetchall():
+            yield schema, name, json.loads(value)
 
 
 def _literal(text: str) -> str:

@@ -13,6 +13,7 @@ from kframe.batch.plan import NO_END
 from kframe.commit.ledger import Ledger, now
 from kframe.commit.outbox import Outbox
 from kframe.commit.transaction import transaction
+from kframe.errors import ConfigError
 from kframe.model import RECORDS, Fetched, Limits, OffsetRange, Position, TopicPartition
 from kframe.sinks.table import drop, write
 from kframe.source.bounded import batches_between, read_bounded
@@ -63,22 +64,31 @@ class Follower:
 
     def catch_up(
         self,
-        advance: Callable[[int], object] = lambda _: None,
+        advance: Callable[[int, int], object] = lambda _read, _of: None,
         stopped: Callable[[], bool] = lambda: False,
+        *,
+        keep_own: bool = False,
     ) -> bool:
         """Apply the changelog up to its end as of now.
 
         Parameters
         ----------
         advance : callable
-            Told how many offsets have been read.
+            Told how many offsets have been read, and how many there are in all.
         stopped : callable
             True: leave off. The next call goes on from there.
+        keep_own : bool
+            Refuse to take back batches of the file's own that the changelog lacks.
 
         Returns
         -------
         bool
             Whether the changelog was another file's. One that this file wrote itself holds nothing new.
+
+        Raises
+        ------
+        ConfigError
+            `keep_own`, and there are such batches. Nothing was changed.
         """
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
@@ -88,11 +98,13 @@ class Follower:
         if last.file == self._store.id:
             self._move(stop, whole=True)
             return False
+        if keep_own and self._unpublished(last):
+            raise _own_batches(self._store.path, self._ledger)
         followed = self._begun(low, last)
         start = {self._tp: Position(followed.position)}
         for fetched in batches_between(self._source, start, {self._tp: stop}, _LIMITS):
             self._take(fetched)
-            advance(sum(r.stop - r.start for r in fetched.ranges))
+            advance(sum(r.stop - r.start for r in fetched.ranges), stop - followed.position)
             if stopped():
                 return True
         if not followed.whole:
@@ -148,14 +160,18 @@ class Follower:
         """From where to follow: the whole changelog when what the file holds cannot be carried on with."""
         followed = self.followed()
         stale = followed.at is None or now() - followed.at > self._retention / 2
-        unpublished = (
-            self._outbox.undelivered(self._target) or self._ledger.next_batch_id() > last.batch_id + 1
-        )
-        if not stale and followed.position >= low and not (followed.whole and unpublished):
+        if not stale and followed.position >= low and not self._unpublished(last):
             return followed
         self._wipe()
         self._move(low, whole=False)
         return self.followed()
+
+    def _unpublished(self, last: Commit) -> bool:
+        """Whether the file has committed batches that nobody else has seen."""
+        if not self.followed().whole:
+            return False
+        ahead = self._ledger.next_batch_id() > last.batch_id + 1
+        return ahead or self._outbox.undelivered(self._target) > 0
 
     def _take(self, fetched: Fetched) -> None:
         """Apply whole batches, and keep the rest; while the file is not whole yet, apply everything."""
@@ -209,3 +225,13 @@ class Follower:
         cur.execute("DELETE FROM _kframe.followed WHERE pipeline = ?", [self._ledger.pipeline])
         row = [self._ledger.pipeline, position, whole, now()]
         cur.execute("INSERT INTO _kframe.followed VALUES (?, ?, ?, ?)", row)
+
+
+def _own_batches(path: str, ledger: Ledger) -> ConfigError:
+    return ConfigError(
+        f"{path} holds batches of pipeline {ledger.pipeline!r}, up to {ledger.next_batch_id() - 1}, that its "
+        "changelog lacks: they were committed here and never published.",
+        kept="Nothing was changed.",
+        hint="Restore into another file, or run the pipeline with this one: it publishes them, unless "
+        "another instance has computed them again.",
+    )

@@ -12,7 +12,7 @@ from kframe.commit.outbox import Outbox
 from kframe.deliver.kafka import NAME as KAFKA
 from kframe.deliver.producing import explained, prepare_topics, unless_there
 from kframe.deliver.target import Target
-from kframe.errors import Fenced
+from kframe.errors import ConfigError, Fenced
 from kframe.source.kafka import KafkaSource
 from kframe.source.settings import Settings
 from kframe.standby.election import Election
@@ -46,6 +46,25 @@ def tombstones_kept(settings: Settings, topic: str) -> timedelta | None:
         asked = ConfigResource(ConfigResource.Type.TOPIC, topic)
         (described,) = admin.describe_configs([asked]).values()
         return timedelta(milliseconds=int(described.result()["delete.retention.ms"].value))
+
+
+def existing_changelog(settings: Settings, pipeline: str) -> tuple[str, timedelta]:
+    """The topic of a pipeline's changelog, and how long it keeps tombstones.
+
+    Raises
+    ------
+    ConfigError
+        There is no such topic.
+    """
+    topic = changelog_topic(pipeline)
+    retention = tombstones_kept(settings, topic)
+    if retention is None:
+        raise ConfigError(
+            f"Pipeline {pipeline!r} publishes no changelog: there is no topic {topic!r}.",
+            kept="Nothing was changed.",
+            hint=f"Run it with standby=True: Pipeline(..., name={pipeline!r}, standby=True).",
+        )
+    return topic, retention
 
 
 def follower(settings: Settings, ledger: Ledger, topic: str, retention: timedelta) -> Follower:
@@ -82,7 +101,7 @@ class Standby:
         group = f"kframe.{self._ledger.pipeline}.standby"
         return Election(self._settings, group, self._topic, release)
 
-    def catch_up(self, stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+    def catch_up(self, stopped: Callable[[], bool], advance: Callable[[int, int], object]) -> None:
         """Bring the file up to the changelog as of now."""
         self._follower().catch_up(advance, stopped)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import confluent_kafka as ck
 import pytest
 
 import kframe as kf
+from benchmarks import restart
 from benchmarks.data import Sums, expected
 from benchmarks.measure import ProgramFailed, measure
-from benchmarks.page import throughput_table
+from benchmarks.page import restart_table, throughput_table
 from benchmarks.peers import NotInstalled, Peer, Run
 from benchmarks.peers.by_hand import ByHand
 from benchmarks.peers.with_kframe import Kframe
@@ -83,3 +86,49 @@ def test_a_program_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None
     command = [sys.executable, "-c", "print('consuming'); raise SystemExit('out of luck')"]
     with pytest.raises(ProgramFailed, match="ended before 'done': out of luck"):
         measure(command, tmp_path)
+
+
+class Forgetful(Kframe):
+    """An instance whose tables lack an order."""
+
+    def sums(self, run: Run, said: str) -> Sums:
+        found = super().sums(run, said)
+        return found._replace(records=found.records - 1)
+
+
+def test_a_restart_is_measured_and_checked(
+    kafka: kf.LocalKafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: a takeover that ends with orders from before the kill; figures for a wrong result."""
+    monkeypatch.setattr(restart, "STEADY_S", 1.0)
+    good, wrong = restart.run(kafka, RECORDS, [Kframe(), Forgetful()], scratch=tmp_path, rounds=1)
+    assert good["problem"] == ""
+    assert good["rows"] == RECORDS
+    assert 0 < float(str(good["restoring_s"])) < float(str(good["restore_s"]))
+    assert float(str(good["takeover_s"])) > restart.SESSION_S - 2  # nobody notices a kill much sooner
+    assert str(wrong["problem"]).startswith("AssertionError: wrong result")
+    table = restart_table([good, wrong])
+    assert f"| kframe | {good['version']} | 20,000 | {good['restoring_s']} |" in table
+    assert "AssertionError: wrong result" in table
+    assert not list(tmp_path.iterdir())
+
+
+def test_orders_are_committed_when_their_skus_are_seen(
+    kafka: kf.LocalKafka, make_topic: Callable[..., str]
+) -> None:
+    """Kills: an observer that counts what is not committed, or other orders than it was asked for."""
+    topic = make_topic(2)
+    keys = [b'["row","main","totals",{"sku":"sku-0001"}]', b"sku-0002"]
+    with restart.Changelog(kafka.brokers, topic, 10) as changelog:
+        producer = ck.Producer({"bootstrap.servers": kafka.brokers, "transactional.id": topic})
+        producer.init_transactions(30)
+        producer.begin_transaction()
+        for partition, key in enumerate(keys):
+            producer.produce(topic, b"", key, partition)
+        producer.flush()
+        with pytest.raises(TimeoutError, match="2 of 2 orders"):
+            changelog.until(range(1, 3), timeout_s=1)
+        producer.commit_transaction(30)
+        changelog.until(range(11, 13))
+        with pytest.raises(TimeoutError, match="1 of 3 orders"):
+            changelog.until(range(1, 4), timeout_s=1)

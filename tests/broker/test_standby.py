@@ -10,8 +10,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 import kframe as kf
+from kframe.cli import main
 from kframe.errors import ConfigError, InstanceActive, Restoring
 from kframe.standby import standing
 from kframe.testing import InjectedFault, MemorySource
@@ -232,7 +234,7 @@ def test_a_copy_that_is_too_old_is_made_anew(
         kf.follow(topic, tmp_path / "c.duckdb", brokers=kafka.brokers, progress=False).close()
         write(kafka, topic, range(100, 120))
         a.run(progress=False)
-        monkeypatch.setattr("kframe.replica.tombstones_kept", lambda *_: timedelta(0))
+        monkeypatch.setattr("kframe.standby.standing.tombstones_kept", lambda *_: timedelta(0))
         with kf.Pipeline(tmp_path / "c.duckdb", source=MemorySource(), name="other") as other:
             other._store.cursor().execute("INSERT INTO latest (sku) VALUES ('gone')")
         with kf.follow(topic, tmp_path / "c.duckdb", brokers=kafka.brokers, progress=False) as copy:
@@ -274,3 +276,104 @@ def test_a_bounded_run_beside_an_active_instance_says_so(
         assert tables(b)["totals"] == tables(a)["totals"]
         a.stop()
         assert b.run(progress=False).rows == 0
+
+
+def restored_by_command(kafka: kf.LocalKafka, pipeline: str, path: Path) -> int:
+    return main(["restore", pipeline, str(path), "--brokers", kafka.brokers])
+
+
+def test_the_command_restore_makes_a_file_to_go_on_from(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kills: a restore without positions, without state, or of another batch than it says."""
+    write(kafka, topic, range(200))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+        before = tables(a), ledger(a)
+        batch_id = a.sql("SELECT 1").batch_id
+        ends = a.status().positions
+    assert restored_by_command(kafka, topic, tmp_path / "b.duckdb") == 0
+    told = capsys.readouterr().out
+    assert f"as of batch {batch_id}, committed at 20" in told
+    assert "  rows: 200 rows\n  totals: 5 rows\n" in told
+    assert all(f"  {tp}: {offset}\n" in told for tp, offset in ends.items())
+    assert f"name={topic!r}, standby=True" in told
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        assert (tables(b), ledger(b)) == before
+        write(kafka, topic, range(200, 260))
+        assert b.run(progress=False).rows == 60
+        after = tables(b), ledger(b)
+    restored = kf.restore(topic, tmp_path / "c.duckdb", brokers=kafka.brokers, progress=False)
+    assert restored.tables["rows"] == 260
+    with instance(kafka, tmp_path / "c.duckdb", topic) as c:
+        assert (tables(c), ledger(c)) == after
+    assert restored_by_command(kafka, topic, tmp_path / "c.duckdb") == 0  # again: nothing to do
+
+
+def test_restore_says_why_it_restores_nothing(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kills: taking back batches that the file alone has; an empty file where there is no changelog."""
+    assert restored_by_command(kafka, topic, tmp_path / "none.duckdb") == 2
+    assert f"there is no topic 'kframe.{topic}.changelog'" in capsys.readouterr().err
+    assert not (tmp_path / "none.duckdb").exists()
+    kafka.create_topic(f"kframe.{topic}.changelog", 1)
+    assert restored_by_command(kafka, topic, tmp_path / "b.duckdb") == 2
+    assert "holds no batch yet" in capsys.readouterr().err
+    write(kafka, topic, range(60))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    assert restored_by_command(kafka, topic, tmp_path / "a.duckdb") == 2
+    assert "it lacks nothing" in capsys.readouterr().err
+    assert restored_by_command(kafka, topic, tmp_path / "b.duckdb") == 0
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        assert b.run(progress=False).rows == 0  # the changelog's newest commit is this file's
+    write(kafka, topic, range(60, 100))
+    with instance(kafka, tmp_path / "a.duckdb", topic, at_edge=unpublished()) as a:
+        with pytest.raises(InjectedFault):
+            a.run(progress=False)
+        alone = tables(a), ledger(a)
+    assert restored_by_command(kafka, topic, tmp_path / "a.duckdb") == 2
+    assert "never published" in capsys.readouterr().err
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        assert (tables(a), ledger(a)) == alone
+        assert len(a.read("rows")) == 100
+
+
+@pytest.mark.parametrize(("retention_ms", "left"), [("604800000", 1), ("1", 0)])
+def test_what_tombstones_may_be_gone_for_is_restored_whole(
+    kafka: kf.LocalKafka, topic: str, tmp_path: Path, retention_ms: str, left: int
+) -> None:
+    """A row that no changelog tells of shows which it was. Kills: another retention than the topic has."""
+    write(kafka, topic, range(50))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        b.run(progress=False)
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        write(kafka, topic, range(50, 60))
+        a.run(progress=False)
+    with kf.Pipeline(tmp_path / "b.duckdb", source=MemorySource(), name="other") as other:
+        other._store.cursor().execute("INSERT INTO latest (sku) VALUES ('gone')")
+    change = ConfigEntry("delete.retention.ms", retention_ms, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(
+        ConfigResource.Type.TOPIC, f"kframe.{topic}.changelog", incremental_configs=[change]
+    )
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    admin.incremental_alter_configs([resource])[resource].result()
+    with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+        assert b.run(progress=False).rows == 0
+        assert len(b.read("rows")) == 60
+        assert b.sql("SELECT count(*) FROM latest WHERE sku = 'gone'").fetchall() == [(left,)]
+
+
+def test_progress_is_told_against_the_whole(kafka: kf.LocalKafka, topic: str, tmp_path: Path) -> None:
+    """Kills: a bar that never reaches its end, or has none."""
+    write(kafka, topic, range(100))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    told: list[tuple[int, int]] = []
+    with kf.Replica(topic, tmp_path / "c.duckdb", brokers=kafka.brokers) as replica:
+        replica._follower.catch_up(lambda read, of: told.append((read, of)))
+    assert {of for _, of in told} == {sum(read for read, _ in told)}
+    assert told[0][1] > 100

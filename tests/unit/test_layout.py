@@ -23,6 +23,8 @@ LAYERS = [
         "status",
         "standalone",
         "replica",
+        "restoring",
+        "progress",
         "reading",
         "rebuild",
         "preview",

@@ -17,11 +17,13 @@ import org.apache.kafka.common.TopicPartition;
 import org.apache.kafka.common.serialization.Serde;
 import org.apache.kafka.common.serialization.Serdes;
 import org.apache.kafka.streams.KafkaStreams;
+import org.apache.kafka.streams.LagInfo;
 import org.apache.kafka.streams.StreamsBuilder;
 import org.apache.kafka.streams.Topology;
 import org.apache.kafka.streams.kstream.Consumed;
 import org.apache.kafka.streams.kstream.KStream;
 import org.apache.kafka.streams.kstream.Produced;
+import org.apache.kafka.streams.processor.StateRestoreListener;
 import org.apache.kafka.streams.processor.api.Processor;
 import org.apache.kafka.streams.processor.api.ProcessorContext;
 import org.apache.kafka.streams.processor.api.Record;
@@ -33,6 +35,9 @@ import org.apache.kafka.streams.state.Stores;
  * count, sum(qty) and sum(qty * price) per sku in a state store with its changelog. The records have no key,
  * so the store adds up each partition's orders for itself: cheaper than sending all of them through a
  * repartition topic first, and enough for whoever adds up the four partitions.
+ *
+ * <p>"restart" is "aggregate" by one of two instances: the other keeps a standby replica of every store. It is
+ * done when everything is committed, by whichever instance, and its stores are whole.
  *
  * <p>Orders JOB BROKERS TOPIC FOLDER APPLICATION
  */
@@ -48,10 +53,20 @@ public final class Orders {
 
     private static final ObjectMapper JSON = new ObjectMapper();
     private static final String STORE = "totals";
+    private static final Map<String, String> STANDBY = Map.of(
+            "num.standby.replicas", "1",
+            "session.timeout.ms", "6000",
+            "heartbeat.interval.ms", "1000",
+            "transaction.timeout.ms", "6000");
+    /** Offsets; what ends the changelog is a transaction's marker, which nobody reads. */
+    private static final long NEARLY = 10;
 
     public static void main(String[] args) throws Exception {
         String job = args[0], brokers = args[1], topic = args[2], folder = args[3], application = args[4];
         Properties settings = settings(brokers, folder, application);
+        boolean restart = job.equals("restart");
+        if (restart) settings.putAll(STANDBY);
+        Restoring restoring = new Restoring();
         try (Admin admin = Admin.create(Map.of("bootstrap.servers", brokers));
                 KafkaStreams streams = new KafkaStreams(topology(job, topic, application, admin), settings)) {
             streams.setStateListener((now, before) -> {
@@ -63,9 +78,11 @@ public final class Orders {
                 return null;
             });
             Map<TopicPartition, Long> ends = ends(admin, topic);
+            streams.setGlobalStateRestoreListener(restoring);
             streams.start();
-            while (!committed(admin, application).equals(ends)) Thread.sleep(50);
-            System.out.println("done");
+            while (!committed(admin, application).equals(ends) || restart && !whole(streams, ends.size()))
+                Thread.sleep(50);
+            System.out.println(restart ? "done " + restoring : "done");
             while (System.in.read() >= 0) {}
         }
     }
@@ -117,6 +134,38 @@ public final class Orders {
             Totals before = totals.get(order.sku());
             totals.put(order.sku(), (before == null ? NOTHING : before).plus(order));
         }
+    }
+
+    /** Rows restored into stores that were then run, and the seconds from the first such restore's start on. */
+    private static final class Restoring implements StateRestoreListener {
+        private long rows, began, ended;
+
+        @Override
+        public synchronized void onRestoreStart(TopicPartition partition, String store, long start, long end) {
+            if (began == 0) began = System.nanoTime();
+        }
+
+        @Override
+        public void onBatchRestored(TopicPartition partition, String store, long end, long restored) {}
+
+        @Override
+        public synchronized void onRestoreEnd(TopicPartition partition, String store, long restored) {
+            rows += restored;
+            ended = System.nanoTime();
+        }
+
+        @Override
+        public synchronized String toString() {
+            return "{\"rows\": " + rows + ", \"restoring_s\": " + (ended - began) / 1e9 + "}";
+        }
+    }
+
+    /** Whether this instance has every partition's store, active or standing by, up to its changelog's end. */
+    private static boolean whole(KafkaStreams streams, int partitions) {
+        List<LagInfo> lags = streams.allLocalStorePartitionLags().values().stream()
+                .flatMap(stores -> stores.values().stream())
+                .toList();
+        return lags.size() == partitions && lags.stream().allMatch(lag -> lag.offsetLag() <= NEARLY);
     }
 
     private static <T> Serde<T> json(Class<T> type) {
