@@ -152,7 +152,7 @@ def test_impatience_says_what_is_kept(store: Store) -> None:
     post(store, box, 0, 3)
     target.fail = 10**9
     with pytest.raises(DeliveryDelayed, match=r"3 committed rows could not be delivered.*not now"):
-        run(box, target, patience_s=0.5)
+        run(box, target, patience_s=2)
     assert box.undelivered() == 3
 
 
