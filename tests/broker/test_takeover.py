@@ -55,7 +55,11 @@ _processes.set_forkserver_preload(["kframe.testing", "pytest"])  # forked warm, 
 
 
 def pipeline(
-    path: str, brokers: str, topic: str, config: dict[str, Any], faults: Faults | None = None
+    path: str,
+    brokers: str,
+    topic: str,
+    config: dict[str, Any],
+    at_edge: Callable[[str], None] | None = None,
 ) -> kf.Pipeline:
     shop = kf.Pipeline(
         path,
@@ -65,7 +69,7 @@ def pipeline(
         commit_interval_ms=20,
         batch_rows_max=500,
         kafka_config=config,
-        at_edge=faults,
+        at_edge=at_edge,
     )
     shop.topic(topic, schema=SCHEMA, include=["partition", "offset"])
     shop.land(topic, table="landed")
