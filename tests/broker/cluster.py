@@ -44,6 +44,7 @@ class Cluster:
         self._id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "x", 1)
         self._config = {**REPLICATED, **config}
         self.brokers = ",".join(f"127.0.0.1:{port}" for port, _ in self._ports.values())
+        self._admin = AdminClient({"bootstrap.servers": self.brokers, "log_level": 0})
         self._nodes = {node: self._node(folder / str(node), node) for node in NODES}
 
     def __enter__(self) -> Cluster:
@@ -58,16 +59,16 @@ class Cluster:
         self._all(LocalKafka.stop)
 
     def create_topic(self, name: str, partitions: int) -> str:
-        self._admin().create_topics([NewTopic(name, num_partitions=partitions)])[name].result(30)
+        self._admin.create_topics([NewTopic(name, num_partitions=partitions)])[name].result(30)
         return name
 
     def leader(self, topic: str) -> int:
         """The node that leads the topic's first partition; -1 when none does."""
-        return int(self._admin().list_topics(timeout=10).topics[topic].partitions[0].leader)
+        return int(self._admin.list_topics(timeout=10).topics[topic].partitions[0].leader)
 
     def in_sync(self) -> bool:
         """Whether every partition has all of its replicas."""
-        topics = self._admin().list_topics(timeout=10).topics.values()
+        topics = self._admin.list_topics(timeout=10).topics.values()
         return all(len(p.isrs) == len(NODES) for topic in topics for p in topic.partitions.values())
 
     def kill(self, node: int) -> None:
@@ -82,9 +83,6 @@ class Cluster:
         """At once: none is ready before another is."""
         with ThreadPoolExecutor(len(NODES)) as pool:
             list(pool.map(call, self._nodes.values()))
-
-    def _admin(self) -> AdminClient:
-        return AdminClient({"bootstrap.servers": self.brokers, "log_level": 0})
 
     def _node(self, home: Path, node: int) -> LocalKafka:
         home.mkdir(parents=True)

@@ -95,7 +95,7 @@ def test_the_broker_killed_and_started_again(tmp_path: Path, monkeypatch: pytest
     with kf.local_kafka(tmp_path / "kafka", config=QUICK, progress=False) as kafka:
         pair = Pair(kafka, tmp_path, at_edge)
         with pair.running():
-            for edge in ("delivering", "delivered", "committed"):
+            for edge in ("delivering", "delivered"):
                 pair.goes_on()
                 armed.append(edge)
                 until(lambda: not armed, lambda: f"no batch has come to {armed}")
@@ -110,24 +110,19 @@ def test_the_broker_killed_and_started_again(tmp_path: Path, monkeypatch: pytest
         pair.check()
 
 
-def test_each_of_three_brokers_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinator of transactions, that of groups, and an output partition's leader, one after another;
-    two replicas of three suffice."""
+def test_one_of_three_brokers_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator of transactions, with one open; two replicas of three suffice."""
     monkeypatch.setattr(kafka_target, "_WATCHDOG_S", 3.0)
-    struck, delivering = [], threading.Event()
+    delivering = threading.Event()
     with Cluster(tmp_path / "kafka", **QUICK) as kafka:
         pair = Pair(kafka, tmp_path, lambda edge: delivering.set() if edge == "delivering" else None)
         with pair.running():
-            for topic in ("__transaction_state", "__consumer_offsets", "orders-out"):
-                pair.goes_on()
-                until(kafka.in_sync, lambda: "a replica stays behind")
-                delivering.clear()
-                assert delivering.wait(30)
-                node, began = kafka.leader(topic), time.monotonic()
-                kafka.kill(node)
-                pair.goes_on()
-                struck.append(f"{topic}: node {node}, on after {time.monotonic() - began:.1f} s")
-                kafka.restart(node)
-        print("", *struck, sep="\n")
+            pair.goes_on()
+            until(kafka.in_sync, lambda: "a replica stays behind")
+            delivering.clear()
+            assert delivering.wait(30)
+            node, began = kafka.leader("__transaction_state"), time.monotonic()
+            kafka.kill(node)
+            pair.goes_on()
+            print(f"\nnode {node} killed; 300 records more after {time.monotonic() - began:.1f} s")
         pair.check()
-    assert len(struck) == 3
