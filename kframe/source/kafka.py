@@ -22,13 +22,14 @@ from kframe.source.settings import Settings
 from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
+_NOT_KNOWN_YET = ck.KafkaError.OFFSET_NOT_AVAILABLE
 _LEADERLESS = {
     ck.KafkaError.NOT_LEADER_FOR_PARTITION,
     ck.KafkaError.LEADER_NOT_AVAILABLE,
     ck.KafkaError.REPLICA_NOT_AVAILABLE,
     ck.KafkaError.FENCED_LEADER_EPOCH,  # the client knows the leader by an earlier term
     ck.KafkaError.UNKNOWN_LEADER_EPOCH,  # the broker does not know yet that it leads again
-    ck.KafkaError.OFFSET_NOT_AVAILABLE,
+    _NOT_KNOWN_YET,
     ck.KafkaError._NOENT,  # the client's own word for a partition without a leader
 }
 T = TypeVar("T")
@@ -98,13 +99,14 @@ class KafkaSource:
         if isinstance(at, Mapping):
             return {tp: offset_at(at, tp) for tp in tps}
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
-        found = self._patiently(lambda: self._listed(tps, _offset_spec(at), isolation))
+        found = self._patiently(lambda: self._listed(tps, at, isolation))
         after_all = [tp for tp, offset in found.items() if offset < 0]  # no record at or after that time
         return {**found, **self.offsets(after_all, "latest")} if after_all else found
 
     def _listed(
-        self, tps: list[TopicPartition], spec: OffsetSpec, isolation: ck.IsolationLevel
+        self, tps: list[TopicPartition], at: Start, isolation: ck.IsolationLevel
     ) -> dict[TopicPartition, int]:
+        spec = _offset_spec(at)
         futures = self._ask(
             lambda: self._admin.list_offsets(
                 {ck.TopicPartition(tp.topic, tp.partition): spec for tp in tps},
@@ -112,10 +114,13 @@ class KafkaSource:
                 request_timeout=_ADMIN_TIMEOUT_S,
             )
         )
-        return {
+        found = {
             TopicPartition(tp.topic, tp.partition): int(self._ask(future.result).offset)
             for tp, future in futures.items()
         }
+        if at in ("earliest", "latest") and any(offset < 0 for offset in found.values()):
+            raise ck.KafkaException(ck.KafkaError(_NOT_KNOWN_YET))  # its leader is a new one
+        return found
 
     # ---- reading ------------------------------------------------------------------------------------
 
