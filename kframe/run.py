@@ -22,6 +22,7 @@ from kframe.deliver.target import Target
 from kframe.engine import Engine
 from kframe.errors import (
     BrokerUnavailable,
+    DeliveryDelayed,
     DeliveryUnknown,
     Fenced,
     InstanceActive,
@@ -218,12 +219,21 @@ class Run(TakingOver):
         def called() -> bool:
             return self._stop.is_set() or election.active
 
-        with self._progress_bar(None, "restoring", " records") as advance:
-            standby.catch_up(called, advance)
         patience = time.monotonic() + (_PATIENCE_S if self.bounded else math.inf)
-        standby.follow(lambda: called() or time.monotonic() > patience)
-        if not called():
-            raise InstanceActive(self._definition.pipeline)
+        while not called():
+            try:
+                with self._progress_bar(None, "restoring", " records") as advance:
+                    standby.catch_up(called, advance)
+                self.trouble = None
+                standby.follow(lambda: called() or time.monotonic() > patience)
+            except BrokerUnavailable as error:
+                if self.bounded:
+                    raise
+                self.trouble = error.what
+                self._stop.wait(_RETRY_S)
+                continue
+            if not called():
+                raise InstanceActive(self._definition.pipeline)
         return not self._stop.is_set()
 
     def _serve_a_turn(self, standby: Standby, work: Callable[[Engine], None]) -> bool:
@@ -238,7 +248,9 @@ class Run(TakingOver):
             # Another one publishes already, or is yet to learn that it no longer may: the group decides.
             self._fruitless = 0 if self.engine and self.engine.batches else self._fruitless + 1
             decided = self._turn_ends()
-            if not decided and (isinstance(error, DeliveryUnknown) or self._fruitless > _FRUITLESS_MAX):
+            if not self.bounded and isinstance(error, (BrokerUnavailable, DeliveryDelayed)):
+                self.trouble = error.what  # until the brokers are back
+            elif not decided and (isinstance(error, DeliveryUnknown) or self._fruitless > _FRUITLESS_MAX):
                 raise
             return False
         finally:

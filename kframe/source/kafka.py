@@ -23,7 +23,16 @@ from kframe.source.start import offset_at, to_epoch_ms
 
 _ADMIN_TIMEOUT_S = 10.0
 _BOUNDED_WAIT_MS = 20
-_LEADERLESS = {ck.KafkaError.NOT_LEADER_FOR_PARTITION, ck.KafkaError.LEADER_NOT_AVAILABLE}
+_NOT_KNOWN_YET = ck.KafkaError.OFFSET_NOT_AVAILABLE
+_LEADERLESS = {
+    ck.KafkaError.NOT_LEADER_FOR_PARTITION,
+    ck.KafkaError.LEADER_NOT_AVAILABLE,
+    ck.KafkaError.REPLICA_NOT_AVAILABLE,
+    ck.KafkaError.FENCED_LEADER_EPOCH,  # the client knows the leader by an earlier term
+    ck.KafkaError.UNKNOWN_LEADER_EPOCH,  # the broker does not know yet that it leads again
+    _NOT_KNOWN_YET,
+    ck.KafkaError._NOENT,  # the client's own word for a partition without a leader
+}
 T = TypeVar("T")
 
 
@@ -91,13 +100,14 @@ class KafkaSource:
         if isinstance(at, Mapping):
             return {tp: offset_at(at, tp) for tp in tps}
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
-        found = self._patiently(lambda: self._listed(tps, _offset_spec(at), isolation))
+        found = self._patiently(lambda: self._listed(tps, at, isolation))
         after_all = [tp for tp, offset in found.items() if offset < 0]  # no record at or after that time
         return {**found, **self.offsets(after_all, "latest")} if after_all else found
 
     def _listed(
-        self, tps: list[TopicPartition], spec: OffsetSpec, isolation: ck.IsolationLevel
+        self, tps: list[TopicPartition], at: Start, isolation: ck.IsolationLevel
     ) -> dict[TopicPartition, int]:
+        spec = _offset_spec(at)
         futures = self._ask(
             lambda: self._admin.list_offsets(
                 {ck.TopicPartition(tp.topic, tp.partition): spec for tp in tps},
@@ -105,10 +115,13 @@ class KafkaSource:
                 request_timeout=_ADMIN_TIMEOUT_S,
             )
         )
-        return {
+        found = {
             TopicPartition(tp.topic, tp.partition): int(self._ask(future.result).offset)
             for tp, future in futures.items()
         }
+        if at in ("earliest", "latest") and any(offset < 0 for offset in found.values()):
+            raise ck.KafkaException(ck.KafkaError(_NOT_KNOWN_YET))  # its leader is a new one
+        return found
 
     # ---- reading ------------------------------------------------------------------------------------
 
@@ -181,25 +194,27 @@ class KafkaSource:
             answer = call()
         except ck.KafkaException as error:
             if error.args[0].code() in TRANSPORT:
-                raise BrokerUnavailable(
-                    f"No answer from the brokers: {self._settings.redact(error.args[0].str())}",
-                    kept="Tables and positions are as they were.",
-                    hint="Check brokers= and the network, or start one with kf.local_kafka().",
-                ) from None
+                raise _no_answer(self._settings.redact(error.args[0].str())) from None
             raise
         self._recovered()
         return answer
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """Call again while partitions have no leader: new ones, and all for a moment when a broker ends."""
+        """Call again while partitions have no leader: new ones, and all for a moment when a broker ends.
+
+        The client would go on asking for the leader of an earlier term until its metadata is old.
+        """
         until, pause = time.monotonic() + _ADMIN_TIMEOUT_S, threading.Event()
         while True:
             try:
                 return call()
             except ck.KafkaException as error:
-                if error.args[0].code() not in _LEADERLESS or time.monotonic() > until:
+                if error.args[0].code() not in _LEADERLESS:
                     raise
+                if time.monotonic() > until:
+                    raise _no_answer(self._settings.redact(error.args[0].str())) from None
             pause.wait(0.1)
+            self._ask(lambda: self._admin.list_topics(timeout=_ADMIN_TIMEOUT_S))
 
     def _no_such_topic(self, topic: str) -> ConfigError:
         names = list(self._ask(lambda: self._admin.list_topics(timeout=_ADMIN_TIMEOUT_S)).topics)
@@ -234,6 +249,14 @@ class KafkaSource:
             return LostRange.of([OffsetRange(tp.topic, tp.partition, at, low)], [])
         end = self.offsets([tp], "latest", committed=False)[tp]
         return LostRange.of([], [OffsetRange(tp.topic, tp.partition, end, at)])
+
+
+def _no_answer(told: str) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        f"No answer from the brokers: {told}",
+        kept="Tables and positions are as they were.",
+        hint="Check brokers= and the network, or start one with kf.local_kafka().",
+    )
 
 
 def _offset_spec(at: Start) -> Any:

@@ -1,5 +1,7 @@
 """Instances of a pipeline that are killed, stopped and woken: another takes over, nothing is lost or doubled.
 
+By both of Kafka's group protocols. Kafka's own console consumer is a judge beside ours.
+
 Kills: a batch that is published by two instances; outputs and tables that part at a take-over; an instance
 that wakes and goes on publishing; batches that the dead one had committed and not published, kept beside
 their recomputation.
@@ -7,40 +9,58 @@ their recomputation.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
-STRIKES = int(os.environ.get("KFRAME_TAKEOVERS", "30"))
+import confluent_kafka as ck
+import pandas as pd
+import pytest
+
+import kframe as kf
+from kframe.testing import Fault, Faults
+from tests.broker.test_delivery_kills import console_consumer
+
+pytestmark = pytest.mark.broker
+
+STRIKES = {"classic": 40, "consumer": 30}
+if "KFRAME_TAKEOVERS" in os.environ:
+    STRIKES = dict.fromkeys(STRIKES, int(os.environ["KFRAME_TAKEOVERS"]))
 FILES = "abc"
 EDGES = (
+    *("delivering", "delivered", "committed", "acknowledged"),
     *("fetched", "transformed", "rows_written", "positions_written"),
-    *("committed", "acknowledged", "delivering", "delivered"),
 )
 KEYS = 20
-QUICK = {"session.timeout.ms": 1000, "heartbeat.interval.ms": 300}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "classic": {"session.timeout.ms": 1000, "heartbeat.interval.ms": 300},
+    "consumer": {"group.protocol": "consumer"},  # the session is the broker's
+}
+SCHEMA = {"sku": "str", "n": "int64"}
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["kframe.testing", "pytest"])  # forked warm, before any thread exists
 
 # ---- the process that is killed ---------------------------------------------------------------------
 
 
-def serve(path: str, brokers: str, topic: str, edge: str, at: str) -> None:
-    import faulthandler
-
-    import kframe as kf
-    from kframe.testing import Fault, Faults
-
-    faulthandler.register(signal.SIGUSR1)
-    faults = Faults(*([Fault(edge, "kill", int(at))] if edge else []))
+def pipeline(
+    path: str,
+    brokers: str,
+    topic: str,
+    config: dict[str, Any],
+    at_edge: Callable[[str], None] | None = None,
+) -> kf.Pipeline:
     shop = kf.Pipeline(
         path,
         brokers=brokers,
@@ -48,77 +68,84 @@ def serve(path: str, brokers: str, topic: str, edge: str, at: str) -> None:
         standby=True,
         commit_interval_ms=20,
         batch_rows_max=500,
-        kafka_config=QUICK,
-        at_edge=faults,
+        kafka_config=config,
+        at_edge=at_edge,
     )
-    shop.topic(topic, schema={"sku": "str", "n": "int64"}, include=["partition", "offset"])
+    shop.topic(topic, schema=SCHEMA, include=["partition", "offset"])
     shop.land(topic, table="landed")
     shop.aggregate("sold", source=topic, by="sku", n=("n", "count"), total=("n", "sum"))
     shop.publish("landed", topic=f"{topic}-out", key="sku")
+    return shop
+
+
+def serve(told: Any, fault: list[Fault], path: str, *where: Any) -> None:
+    faulthandler.register(signal.SIGUSR1)
+    shop = pipeline(path, *where, Faults(*fault))
     signal.signal(signal.SIGTERM, lambda *_: shop._run and shop._run.stop())
     shop.start()
-    shown = ""
+    shown = None
     while not shop._run.ended.wait(0.02):  # type: ignore[union-attr]
         status = shop.status()
         at_now = sum(status.positions.values()) if status.state == "running" else 0
-        if (now := f"{status.state} {at_now}") != shown:
-            print(now, flush=True)
+        if (now := (status.state, at_now)) != shown:
+            told.send(now)
             shown = now
     shop.wait()
     shop.close()
 
 
-if __name__ == "__main__":
-    serve(*sys.argv[1:])
-    sys.exit()
-
 # ---- the test ---------------------------------------------------------------------------------------
-
-import confluent_kafka as ck  # noqa: E402
-import pandas as pd  # noqa: E402
-import pytest  # noqa: E402
-
-import kframe as kf  # noqa: E402
-
-pytestmark = pytest.mark.broker
 
 
 class Instance:
     """A process that serves one file, and what it said last."""
 
-    def __init__(self, file: Path, kafka: kf.LocalKafka, topic: str, edge: str = "", at: int = 0) -> None:
+    def __init__(self, file: Path, where: tuple[Any, ...], edge: str = "", at: int = 0) -> None:
         self.file = file
         self.edge = edge
-        command = [sys.executable, __file__, str(file), kafka.brokers, topic, edge, str(at)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.said = ["", "0"]
-        self.told: list[str] = []
+        self.said = ("", 0)
+        self._heard, told = _processes.Pipe(duplex=False)
+        fault = [Fault(edge, "kill", at)] if edge else []
+        self.process = _processes.Process(target=serve, args=(told, fault, str(file), *where))
+        self.process.start()
+        told.close()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(("running", "standby")):
-                self.said = line.split()
-            elif "nanobind" not in line and "leaked" not in line:
-                self.told.append(line)
+        try:
+            while True:
+                self.said = self._heard.recv()
+        except (EOFError, OSError):
+            return
 
     def __repr__(self) -> str:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR1)  # its threads' stacks
-            threading.Event().wait(1)
-        told = "".join(self.told[-120:])
-        return f"<{self.file.name} {self.said}, exit {self.process.poll()}, {self.edge or 'any'}> {told}"
+        if self.process.exitcode is None:
+            self.send(signal.SIGUSR1)  # its threads' stacks
+        return f"<{self.file.name} {self.said}, exit {self.process.exitcode}, {self.edge or 'any'}>"
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def kill(self) -> None:
+        self.edge = ""
+        self.process.kill()
+        self.process.join(30)
 
     @property
     def active(self) -> bool:
-        return self.process.poll() is None and self.said[0] == "running"
+        return self.process.exitcode is None and self.said[0] == "running"
 
 
 @pytest.fixture(scope="module")
 def kafka() -> Iterator[Any]:
     """A broker that takes short sessions, so that a dead instance is noticed in a second."""
-    config = {"group.min.session.timeout.ms": 500, "group.initial.rebalance.delay.ms": 0}
+    config = {
+        "group.min.session.timeout.ms": 500,
+        "group.consumer.min.session.timeout.ms": 500,
+        "group.consumer.session.timeout.ms": 1000,
+        "group.consumer.min.heartbeat.interval.ms": 100,
+        "group.consumer.heartbeat.interval.ms": 300,
+    }
     with kf.local_kafka(config=config, progress=False) as broker:
         yield broker
 
@@ -158,8 +185,7 @@ def until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
 
 def aborted(kafka: kf.LocalKafka, topic: str) -> int:
     """Records that only a reader of uncommitted ones sees."""
-    schema = {"sku": "str", "n": "int64"}
-    seen = kf.read(topic, brokers=kafka.brokers, schema=schema, progress=False)
+    seen = kf.read(topic, brokers=kafka.brokers, schema=SCHEMA, progress=False)
     raw = ck.Consumer(
         {
             "bootstrap.servers": kafka.brokers,
@@ -185,21 +211,21 @@ def aborted(kafka: kf.LocalKafka, topic: str) -> int:
 class Group:
     """The instances; one that has died at its edge is replaced, with the same file and another edge."""
 
-    def __init__(self, folder: Path, kafka: kf.LocalKafka, topic: str, dice: random.Random) -> None:
-        self._kafka, self._topic, self._dice = kafka, topic, dice
+    def __init__(self, folder: Path, where: tuple[Any, ...], strikes: int, dice: random.Random) -> None:
+        self._where, self._strikes, self._dice = where, strikes, dice
         self._edges = cycle(EDGES)
         self.struck = Counter[str]()
-        self.members = [Instance(folder / f"{name}.duckdb", kafka, topic) for name in FILES]
+        self.members = [Instance(folder / f"{name}.duckdb", where) for name in FILES]
 
     def revive(self) -> None:
         for i, member in enumerate(self.members):
-            if member.process.poll() is not None:
-                assert member.process.poll() == -signal.SIGKILL, member
+            if member.process.exitcode is not None:
+                assert member.process.exitcode == -signal.SIGKILL, member
                 self.struck[member.edge or "at a random moment"] += 1
                 edge, at = "", 0
-                if self._dice.random() < 0.6 and sum(self.struck.values()) < STRIKES:
+                if self._dice.random() < 0.6 and self.struck.total() < self._strikes:
                     edge, at = next(self._edges), self._dice.randrange(1, 4)
-                self.members[i] = Instance(member.file, self._kafka, self._topic, edge, at)
+                self.members[i] = Instance(member.file, self._where, edge, at)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         def met() -> bool:
@@ -212,69 +238,78 @@ class Group:
         return any(member.active for member in self.members if member is not but)
 
     def strike(self) -> None:
-        """Take the active instance's work away from it in one of several ways."""
+        """Take the active instance's work away from it in one of several ways; a follower may die too."""
         pause = threading.Event()
         self.wait(self.active, "nobody is active")
         victim = next((m for m in self.members if m.active), self.members[0])
+        if self._dice.random() < 0.8:
+            next(m for m in self.members if m is not victim).kill()
         if victim.edge:
             self.wait(lambda: victim not in self.members, f"{victim.edge} was never passed")
-        elif self._dice.random() < 0.25:
-            victim.process.send_signal(signal.SIGSTOP)
+        elif self._dice.random() < 0.2:
+            victim.send(signal.SIGSTOP)
             self.wait(lambda: self.active(but=victim), "nobody took over from the stopped one")
             pause.wait(self._dice.random())
-            victim.process.send_signal(signal.SIGCONT)
+            victim.send(signal.SIGCONT)
             self.wait(lambda: not victim.active, "the one that woke went on")
             self.struck["stopped and woken"] += 1
         else:
             pause.wait(self._dice.random() * 0.4)
-            victim.process.kill()
-            victim.process.wait(30)
+            victim.kill()
 
     def end(self) -> None:
         for member in self.members:
-            member.process.kill()
-            member.process.wait(30)
+            member.kill()
 
 
-def test_take_overs(kafka: kf.LocalKafka, tmp_path: Path) -> None:
-    topic = kafka.create_topic("orders", 3)
-    kafka.create_topic("orders-out", 3)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_take_overs(protocol: str, kafka: kf.LocalKafka, tmp_path: Path) -> None:
+    topic = kafka.create_topic(f"orders-{protocol}", 3)
+    kafka.create_topic(f"{topic}-out", 3)
     feeder = Feeder(kafka, topic)
     feeder.start()
-    began, group = time.monotonic(), Group(tmp_path, kafka, topic, random.Random(11))
+    where = (kafka.brokers, topic, PROTOCOLS[protocol])
+    began, group = time.monotonic(), Group(tmp_path, where, STRIKES[protocol], random.Random(11))
     try:
-        while sum(group.struck.values()) < STRIKES:
+        while group.struck.total() < STRIKES[protocol]:
             group.strike()
         records = feeder.end()
-        group.wait(
-            lambda: any(m.active and int(m.said[1]) == records for m in group.members), "not all was read"
-        )
+        group.wait(lambda: any(m.active and m.said[1] == records for m in group.members), "not all was read")
         for member in group.members:
-            member.process.send_signal(signal.SIGTERM)
-        until(lambda: all(m.process.poll() is not None for m in group.members), lambda: f"{group.members}")
+            member.send(signal.SIGTERM)
+        until(lambda: all(m.process.exitcode == 0 for m in group.members), lambda: f"{group.members}")
     finally:
         feeder.end()
         group.end()
-    struck = group.struck
-    print(
-        f"{sum(struck.values())} in {time.monotonic() - began:.0f} s over {records:,} records: {dict(struck)}"
-    )
-
-    expected = pd.DataFrame({"n": range(records)})
-    expected["sku"] = "s" + (expected["n"] % KEYS).astype(str)
+    took = time.monotonic() - began
+    print(f"\n{group.struck.total()} in {took:.0f} s over {records:,} records: {dict(group.struck)}")
+    assert group.struck.total() >= STRIKES[protocol]
     for name in FILES:
-        with kf.follow(
-            topic, tmp_path / f"copy-{name}.duckdb", brokers=kafka.brokers, progress=False
-        ) as copy:
-            landed, sold = copy.read("landed"), copy.read("sold").set_index("sku").sort_index()
+        check_tables(tmp_path / f"{name}.duckdb", records, *where)
+    check_output(kafka, f"{topic}-out", records)
+
+
+def check_tables(file: Path, records: int, *where: Any) -> None:
+    """What an instance's own file holds, once it has caught up."""
+    expected = pd.DataFrame({"n": range(records)})
+    by_key = expected.groupby("s" + (expected["n"] % KEYS).astype(str))["n"]
+    with pipeline(str(file), *where) as shop:
+        assert shop.run(progress=False).rows == 0
+        landed, sold = shop.read("landed"), shop.read("sold").set_index("sku").sort_index()
     assert sorted(landed["n"]) == list(range(records))
     assert not landed.duplicated(["_partition", "_offset"]).any()
-    assert (sold["n"] == expected.groupby("sku")["n"].count()).all()
-    assert (sold["total"] == expected.groupby("sku")["n"].sum()).all()
+    assert (sold["n"] == by_key.count()).all()
+    assert (sold["total"] == by_key.sum()).all()
 
-    schema = {"sku": "str", "n": "int64"}
-    sent = kf.read(f"{topic}-out", brokers=kafka.brokers, schema=schema, include=["offset"], progress=False)
-    assert sorted(sent["n"]) == list(range(records)), "lost or doubled on the way out"
-    in_order = sent.sort_values("_offset", kind="stable").groupby("sku")["n"]
-    assert in_order.apply(lambda n: n.is_monotonic_increasing).all()
-    assert aborted(kafka, f"{topic}-out") > 0, "no kill hit an open transaction"
+
+def check_output(kafka: kf.LocalKafka, out: str, records: int) -> None:
+    """Every number once, rising within a key, as ours and as Kafka's own consumer reads them."""
+    sent = kf.read(out, brokers=kafka.brokers, schema=SCHEMA, include=["offset"], progress=False)
+    ours = list(sent.sort_values("_offset", kind="stable")[["sku", "n"]].itertuples(index=False, name=None))
+    theirs = [(key, value["n"]) for key, value in console_consumer(kafka.brokers, out)]
+    for reader, got in (("kframe", ours), ("the console consumer", theirs)):
+        assert sorted(n for _, n in got) == list(range(records)), f"lost or doubled on the way out: {reader}"
+        for key in range(KEYS):
+            of_key = [n for sku, n in got if sku == f"s{key}"]
+            assert all(a < b for a, b in pairwise(of_key)), f"s{key} is out of order: {reader}"
+    assert aborted(kafka, out) > 0, "no kill hit an open transaction"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import math
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -126,6 +129,35 @@ def test_postgres_killed_in_the_middle(mode: str, postgres: Postgres, schema: st
         add(source, 50, first=200)
         made.run(progress=False)
         assert set(kills.values()) == {0}
+        equal(made, postgres, schema)
+
+
+def run_until_killed(mode: str, edge: str, records: int, folder: Path, told: Any, schema: str) -> None:
+    """In a process of its own: a topic that its file has read in part already."""
+    source = MemorySource()
+    add(source, records)
+    with shop(source, folder, told, schema, mode, at_edge=Faults(Fault(edge, "kill"))) as made:
+        made.run(progress=False)
+
+
+@MODES
+def test_the_delivering_process_killed(mode: str, postgres: Postgres, schema: str, tmp_path: Path) -> None:
+    """SIGKILL with PostgreSQL's transaction open, and when its COMMIT is not known to the file yet.
+    Kills: rows marked as delivered before they are; delivering on from the file's position alone."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["kframe.testing", "psycopg", "pytest"])
+    told = SimpleNamespace(conninfo=postgres.conninfo)
+    for n in range(10):
+        edge = ("delivering", "delivered")[n % 2]
+        arguments = (mode, edge, 50 * (n + 1), tmp_path, told, schema)
+        process = processes.Process(target=run_until_killed, args=arguments)
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, f"kill {n} has not hit: {process.exitcode}"
+    source = MemorySource()
+    add(source, 550)
+    with shop(source, tmp_path, postgres, schema, mode) as made:
+        made.run(progress=False)
         equal(made, postgres, schema)
 
 
