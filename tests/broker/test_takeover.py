@@ -242,8 +242,9 @@ class Group:
         pause = threading.Event()
         self.wait(self.active, "nobody is active")
         victim = next((m for m in self.members if m.active), self.members[0])
-        if self._dice.random() < 0.8:
-            next(m for m in self.members if m is not victim).kill()
+        unarmed = [m for m in self.members if m is not victim and not m.edge]
+        if unarmed and self._dice.random() < 0.8:
+            unarmed[0].kill()
         if victim.edge:
             self.wait(lambda: victim not in self.members, f"{victim.edge} was never passed")
         elif self._dice.random() < 0.2:
