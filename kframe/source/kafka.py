@@ -179,7 +179,7 @@ class KafkaSource:
         except ck.KafkaException as error:
             if error.args[0].code() in TRANSPORT:
                 raise BrokerUnavailable(
-                    f"No answer from the brokers: {self._settings.redact(error.args[0].str())}",
+                    f"No answer from {self._settings.brokers}: {self._settings.redact(error.args[0].str())}",
                     kept="Tables and positions are as they were.",
                     hint="Check brokers= and the network, or start one with kf.local_kafka().",
                 ) from None
@@ -204,7 +204,7 @@ class KafkaSource:
         return ConfigError(
             f"Topic {topic!r} does not exist on these brokers.",
             kept="Nothing was changed.",
-            hint=f"Did you mean {near[0]!r}?" if near else "Create it, or check the name and brokers=.",
+            hint=f"Did you mean {near[0]!r}?" if near else "kf.write makes it; or check the name and brokers=.",
         )
 
     def _check_not_lost(self, positions: Mapping[TopicPartition, Position]) -> None:
