@@ -68,7 +68,7 @@ class Meter:
         return _between(recent[0], recent[-1]) if len(recent) > 1 else (0.0, 0.0, 0.0)
 
     def history(self) -> tuple[tuple[float, float, float], ...]:
-        """(seconds, offsets processed a second, offsets arriving a second) of the last minute, oldest first."""
+        """(seconds, processed a second, arriving a second) of the last minute, in offsets, oldest first."""
         samples = list(self._samples)
         return tuple(
             (new.at, *_between(samples[max(0, i - _SMOOTH)], new)[:2]) for i, new in enumerate(samples) if i

@@ -49,12 +49,12 @@ class Status:
     """A pipeline's state at one moment; no broker was asked for it.
 
     Counts and rates are of the running or last run. ``rows_per_s`` is the whole run's average,
-    ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``records_per_s`` in
-    records (fewer, where transactions' control records or compaction take offsets), ``history`` holds (seconds,
-    processed, arriving) of the last minute, in offsets. ``lag`` is in offsets, against the log's ends that came
-    with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka and tells it apart).
-    ``catch_up_s`` is None where the pipeline does not catch up or has nothing to; ``progress`` is the share
-    that is done of what lay before this run.
+    ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``records_per_s`` is
+    what of them was processed in records (transactions and compaction leave offsets without any), ``history``
+    holds (seconds, processed, arriving) of the last minute, in offsets. ``lag`` is in offsets, against the
+    log's ends that came with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka
+    and tells it apart). ``catch_up_s`` is None where the pipeline does not catch up or has nothing to;
+    ``progress`` is the share that is done of what lay before this run.
     """
 
     pipeline: str

@@ -204,7 +204,7 @@ class KafkaSource:
         return ConfigError(
             f"Topic {topic!r} does not exist on these brokers.",
             kept="Nothing was changed.",
-            hint=f"Did you mean {near[0]!r}?" if near else "kf.write makes it; or check the name and brokers=.",
+            hint=f"Did you mean {near[0]!r}?" if near else "Check name and brokers=; kf.write makes topics.",
         )
 
     def _check_not_lost(self, positions: Mapping[TopicPartition, Position]) -> None:
