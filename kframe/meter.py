@@ -17,11 +17,15 @@ _SMOOTH = 3  # samples that a point of the history is taken over: batches are of
 
 
 class Sample(NamedTuple):
-    """Offsets processed and arrived since the run began, at a time of a monotonic clock."""
+    """Offsets processed and arrived since the run began, at a time of a monotonic clock; records processed.
+
+    Offsets are more than records where control records of transactions or compaction take some.
+    """
 
     at: float
     processed: int
     arrived: int
+    records: int
 
 
 class Meter:
@@ -41,31 +45,33 @@ class Meter:
         self._ends: dict[TopicPartition, int] = {}
         self._begin: dict[TopicPartition, int] = {}
 
-    def note(self, positions: Mapping[TopicPartition, Position], ends: Mapping[TopicPartition, int]) -> None:
-        """Take a sample, unless the last one is younger than a second."""
+    def note(
+        self, positions: Mapping[TopicPartition, Position], ends: Mapping[TopicPartition, int], records: int
+    ) -> None:
+        """Take a sample, unless the last one is younger than a second. `records` are those of the run."""
         now = self._clock()
         if self._samples and now - self._samples[-1].at < _SAMPLE_S:
             return
         at = {tp: p.offset for tp, p in dict(positions).items()}
         with self._lock:
-            last = self._samples[-1] if self._samples else Sample(now, 0, 0)
+            last = self._samples[-1] if self._samples else Sample(now, 0, 0, 0)
             processed = last.processed + _moved(self._positions, at)
             arrived = last.arrived + _moved(self._ends, ends)
-            self._samples.append(Sample(now, processed, arrived))
+            self._samples.append(Sample(now, processed, arrived, records))
             self._positions, self._ends = at, {**self._ends, **ends}
             self._begin = {**at, **self._begin}
 
-    def rates(self) -> tuple[float, float]:
-        """Offsets a second, processed and arriving, over the last five seconds."""
+    def rates(self) -> tuple[float, float, float]:
+        """A second, over the last five: offsets processed, offsets arriving, records processed."""
         samples = list(self._samples)
         recent = [s for s in samples if s.at >= self._clock() - _WINDOW_S - _SAMPLE_S]
-        return _between(recent[0], recent[-1]) if len(recent) > 1 else (0.0, 0.0)
+        return _between(recent[0], recent[-1]) if len(recent) > 1 else (0.0, 0.0, 0.0)
 
     def history(self) -> tuple[tuple[float, float, float], ...]:
-        """(seconds, processed a second, arriving a second) of the last minute, oldest first."""
+        """(seconds, processed a second, arriving a second) of the last minute, in offsets, oldest first."""
         samples = list(self._samples)
         return tuple(
-            (new.at, *_between(samples[max(0, i - _SMOOTH)], new)) for i, new in enumerate(samples) if i
+            (new.at, *_between(samples[max(0, i - _SMOOTH)], new)[:2]) for i, new in enumerate(samples) if i
         )
 
     def progress(self, at: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]) -> float | None:
@@ -80,6 +86,7 @@ def _moved(old: Mapping[TopicPartition, int], new: Mapping[TopicPartition, int])
     return sum(max(0, offset - old[tp]) for tp, offset in new.items() if tp in old)
 
 
-def _between(old: Sample, new: Sample) -> tuple[float, float]:
+def _between(old: Sample, new: Sample) -> tuple[float, float, float]:
     seconds = max(new.at - old.at, 1e-9)
-    return (new.processed - old.processed) / seconds, (new.arrived - old.arrived) / seconds
+    processed, arrived, records = (b - a for a, b in zip(old[1:], new[1:], strict=True))
+    return processed / seconds, arrived / seconds, records / seconds

@@ -297,7 +297,7 @@ class Run(TakingOver):
     def observe(self) -> None:
         """Let the meter take a sample, when it is time; asks no broker. From any thread."""
         if self.engine is not None and not self.ended.is_set():
-            self.meter.note(self.engine.positions, self.ends())
+            self.meter.note(self.engine.positions, self.ends(), self.engine.rows)
 
     # ---- the loop -----------------------------------------------------------------------------------
 

@@ -49,11 +49,12 @@ class Status:
     """A pipeline's state at one moment; no broker was asked for it.
 
     Counts and rates are of the running or last run. ``rows_per_s`` is the whole run's average,
-    ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``history`` holds
-    (seconds, processed, arriving) of the last minute. ``lag`` is in offsets, against the log's ends that came
-    with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka and tells it apart).
-    ``catch_up_s`` is None where the pipeline does not catch up or has nothing to; ``progress`` is the share
-    that is done of what lay before this run.
+    ``processed_per_s`` and ``arriving_per_s`` are in offsets and of the last seconds, ``records_per_s`` is
+    what of them was processed in records (transactions and compaction leave offsets without any), ``history``
+    holds (seconds, processed, arriving) of the last minute, in offsets. ``lag`` is in offsets, against the
+    log's ends that came with the last fetches: what open transactions hold counts (`Pipeline.lag` asks Kafka
+    and tells it apart). ``catch_up_s`` is None where the pipeline does not catch up or has nothing to;
+    ``progress`` is the share that is done of what lay before this run.
     """
 
     pipeline: str
@@ -71,6 +72,7 @@ class Status:
     lag: Mapping[TopicPartition, int] = field(default_factory=dict)
     processed_per_s: float = 0.0
     arriving_per_s: float = 0.0
+    records_per_s: float = 0.0
     catch_up_s: float | None = None
     progress: float | None = None
     history: tuple[tuple[float, float, float], ...] = ()
@@ -123,7 +125,7 @@ def status_of(
     positions = _stored(ledger) if run.ended.is_set() or run.engine is None else report.positions
     ends = dict(run.ends())
     lag = {tp: max(0, ends[tp] - at) for tp, at in positions.items() if tp in ends}
-    processed, arriving = run.meter.rates()
+    processed, arriving, records = run.meter.rates()
     gain = processed - arriving
     behind = sum(lag.values())
     return Status(
@@ -141,6 +143,7 @@ def status_of(
         lag,
         processed,
         arriving,
+        records,
         behind / gain if behind and gain > 0 else None,
         run.meter.progress(positions, ends),
         run.meter.history(),

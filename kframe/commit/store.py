@@ -16,6 +16,7 @@ from pathlib import Path
 
 import duckdb
 
+from kframe.commit.transaction import interrupts_deferred
 from kframe.errors import ConfigError, StoreDamaged, StoreLocked
 
 _LEDGER = """
@@ -173,7 +174,7 @@ class Store:
     def compact(self) -> tuple[int, int]:
         """Write the file anew without the space that updates and deletes have left in it.
 
-        Cursors end; nobody may be reading or writing. A kill leaves the old file or the new one.
+        Cursors end; nobody may be reading or writing. A kill or Ctrl-C leaves the old file or the new one.
 
         Returns
         -------
@@ -193,11 +194,10 @@ class Store:
         before = os.path.getsize(self.path)
         copy = f"{self.path}.compact"
         self.snapshot(copy)
-        self._con.close()
-        os.replace(
-            copy, self.path
-        )  # the closed file has no write-ahead log left to be taken for the new one's
-        self._con = _connect(self.path, self._memory_limit)
+        with interrupts_deferred():  # between the two files there is no connection
+            self._con.close()  # so no write-ahead log is left to be taken for the new file's
+            os.replace(copy, self.path)
+            self._con = _connect(self.path, self._memory_limit)
         return before, os.path.getsize(self.path)
 
     def snapshot(self, target: str | os.PathLike[str]) -> None:

@@ -7,10 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import duckdb
 
-from kframe.commit.store import Store
+if TYPE_CHECKING:
+    from kframe.commit.store import Store  # which defers interrupts, too
 
 
 @contextlib.contextmanager

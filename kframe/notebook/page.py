@@ -145,8 +145,15 @@ def _rates(status: Status) -> str:
         )
     return (
         f'<div style="margin:12px 0 0 0">{sparkline(status.history, alt)}'
-        f"<div>{legend} <small>&ensp;records a second, last minute</small></div></div>"
+        f"<div>{legend} <small>&ensp;offsets, last minute{_records_among(status)}</small></div></div>"
     )
+
+
+def _records_among(status: Status) -> str:
+    """How many of the processed offsets held records, where not all of them did."""
+    if status.records_per_s >= 0.99 * status.processed_per_s:
+        return ""
+    return f"; {rate(status.records_per_s)} of them records"
 
 
 def _stages(last: BatchReport | None, limit: str | None) -> str:

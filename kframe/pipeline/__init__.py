@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -183,6 +186,8 @@ class Pipeline(Showing):
         ------
         ConfigError
             Any other point: aggregates and upserts cannot be undone in part.
+        KeyboardInterrupt
+            Its note says whether everything has been moved back, or nothing.
         """
         if to != "earliest":
             raise ConfigError(
@@ -191,10 +196,13 @@ class Pipeline(Showing):
                 hint='rewind("earliest") computes everything anew from the retained log.',
             )
         self._check_alone("rewind()")
-        self.stop()
-        with transaction(self._store, lambda: False) as cur:
-            for name in self._ledger.forget(cur):
-                drop(cur, name)
+        done = threading.Event()  # as the transaction's last act: Ctrl-C waits until it is committed
+        with interruptible(lambda: _rewound(done.is_set())):
+            self.stop()
+            with transaction(self._store, lambda: False) as cur:
+                for name in self._ledger.forget(cur):
+                    drop(cur, name)
+                done.set()
 
     def _check_alone(self, what: str) -> None:
         if self._options.standby:
@@ -216,9 +224,25 @@ class Pipeline(Showing):
         ------
         ConfigError
             Another pipeline or query of this process uses the file. Nothing has changed.
+        KeyboardInterrupt
+            Its note says whether the file is the new one or the old one; both hold the same.
         """
-        self.stop()
-        return self._store.compact()
+        old = os.stat(self._store.path).st_ino
+
+        def outcome() -> str:
+            new = os.stat(self._store.path).st_ino != old
+            return f"the file {'has been written anew' if new else 'is as it was'}."
+
+        with interruptible(outcome):
+            self.stop()
+            return self._store.compact()
+
+
+def _rewound(done: bool) -> str:
+    told = (
+        "has been moved back to before the first record" if done else "is where it was; nothing was rewound"
+    )
+    return f"everything {told}."
 
 
 def _as_records(dead: pa.Table) -> pa.Table:

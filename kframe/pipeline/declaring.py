@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow as pa
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.store import Store, quote, registered
-from kframe.commit.transaction import transaction
+from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.definition import Definition, Topic, as_columns, check_name
-from kframe.errors import ConfigError, DefinitionError
+from kframe.errors import ConfigError, DefinitionError, interruptible
 from kframe.run import Run
 from kframe.schema import Schema
 from kframe.transform.aggregate import Aggregate
@@ -157,6 +159,11 @@ class Declaring:
         frame : DataFrame
         key : str or sequence of str, optional
             Checked to be unique.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            Its note says whether the new rows are stored or the old ones.
         """
         check_name(name)
         if name in self._definition.topics or name in [s.name for s in self._definition.steps]:
@@ -164,12 +171,24 @@ class Declaring:
         columns = as_columns(key)
         if columns and frame.duplicated(list(columns)).any():
             raise DefinitionError(f"side_table({name!r}): {', '.join(columns)} is not unique.")
-        rows = from_pandas(frame, name)
-        with transaction(self._store, lambda: False) as cur, registered(cur, "_kframe_side", rows) as data:
-            self._ledger.define(cur, {name: "side"})
-            cur.execute(f"CREATE OR REPLACE TABLE main.{quote(name)} AS SELECT * FROM {data}")
-        if name not in self._definition.side_tables:
-            self._definition.side_tables.append(name)
+        stored = threading.Event()
+        with interruptible(
+            lambda: f"the table {name!r} {'holds the new rows' if stored.is_set() else 'was not changed'}."
+        ):
+            self._store_side_table(name, from_pandas(frame, name), stored)
+
+    def _store_side_table(self, name: str, rows: pa.Table, stored: threading.Event) -> None:
+        """Ctrl-C waits until it is committed, and known to the definition."""
+        with interrupts_deferred():
+            with (
+                transaction(self._store, lambda: False) as cur,
+                registered(cur, "_kframe_side", rows) as data,
+            ):
+                self._ledger.define(cur, {name: "side"})
+                cur.execute(f"CREATE OR REPLACE TABLE main.{quote(name)} AS SELECT * FROM {data}")
+            stored.set()
+            if name not in self._definition.side_tables:
+                self._definition.side_tables.append(name)
 
     def schema(self, topic: str) -> Schema:
         """A topic's schema: as declared, or as inferred and pinned by the first run."""

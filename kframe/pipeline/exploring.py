@@ -33,7 +33,7 @@ class Exploring(Running):
         Parameters
         ----------
         step : str
-            The table that the step makes.
+            The table that the step makes, or the topic of an `output`.
         n : int, records
             Of each of its topics: the latest `n` offsets, dealt evenly to the partitions. Offsets that
             compaction or a transaction's end has left empty give no record.
@@ -51,7 +51,9 @@ class Exploring(Running):
         DefinitionError
             No step makes `step`, or it reads a table that does not exist yet.
         """
-        steps = {s.name: s for s in self._definition.steps}
+        outputs = {o.name: o.step for o in self._definition.outlets.values()}
+        found = {s.name: s for s in self._definition.steps}
+        steps = {**{name: found[made_by] for name, made_by in outputs.items() if made_by in found}, **found}
         if step not in steps:
             raise DefinitionError(f"No step makes {step!r}.", hint=f"Tables: {', '.join(steps) or 'none'}.")
         if n < 1:

@@ -26,6 +26,7 @@ from kframe.source.settings import Settings
 from kframe.standby.standing import Standby
 from kframe.worker import AtEdge
 
+_ARGUMENTS = ("brokers", "name", "kafka_config", "source", "executor")
 _pipelines: dict[tuple[str, str], Running] = {}
 
 
@@ -230,7 +231,7 @@ def _options(given: Mapping[str, Any], kafka_config: Mapping[str, Any] | None) -
     known = [f.name for f in fields(Options)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, [*_ARGUMENTS, *known], n=1)
             raise ConfigError(
                 f"Pipeline() has no option {name!r}.",
                 hint=f"Did you mean {near[0]}?" if near else ", ".join(known),

@@ -194,7 +194,7 @@ class KafkaSource:
             answer = call()
         except ck.KafkaException as error:
             if error.args[0].code() in TRANSPORT:
-                raise _no_answer(self._settings.redact(error.args[0].str())) from None
+                raise self._no_answer(error) from None
             raise
         self._recovered()
         return answer
@@ -212,9 +212,16 @@ class KafkaSource:
                 if error.args[0].code() not in _LEADERLESS:
                     raise
                 if time.monotonic() > until:
-                    raise _no_answer(self._settings.redact(error.args[0].str())) from None
+                    raise self._no_answer(error) from None
             pause.wait(0.1)
             self._ask(lambda: self._admin.list_topics(timeout=_ADMIN_TIMEOUT_S))
+
+    def _no_answer(self, error: ck.KafkaException) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"No answer from {self._settings.brokers}: {self._settings.redact(error.args[0].str())}",
+            kept="Tables and positions are as they were.",
+            hint="Check brokers= and the network, or start one with kf.local_kafka().",
+        )
 
     def _no_such_topic(self, topic: str) -> ConfigError:
         names = list(self._ask(lambda: self._admin.list_topics(timeout=_ADMIN_TIMEOUT_S)).topics)
@@ -222,7 +229,7 @@ class KafkaSource:
         return ConfigError(
             f"Topic {topic!r} does not exist on these brokers.",
             kept="Nothing was changed.",
-            hint=f"Did you mean {near[0]!r}?" if near else "Create it, or check the name and brokers=.",
+            hint=f"Did you mean {near[0]!r}?" if near else "Check name and brokers=; kf.write makes topics.",
         )
 
     def _check_not_lost(self, positions: Mapping[TopicPartition, Position]) -> None:
@@ -249,14 +256,6 @@ class KafkaSource:
             return LostRange.of([OffsetRange(tp.topic, tp.partition, at, low)], [])
         end = self.offsets([tp], "latest", committed=False)[tp]
         return LostRange.of([], [OffsetRange(tp.topic, tp.partition, end, at)])
-
-
-def _no_answer(told: str) -> BrokerUnavailable:
-    return BrokerUnavailable(
-        f"No answer from the brokers: {told}",
-        kept="Tables and positions are as they were.",
-        hint="Check brokers= and the network, or start one with kf.local_kafka().",
-    )
 
 
 def _offset_spec(at: Start) -> Any:

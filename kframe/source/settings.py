@@ -68,6 +68,11 @@ class Settings:
         shown = {k: v if k in _SHOWN else "[hidden]" for k, v in self._extra.items()}
         return f"<Settings {shown}>"
 
+    @property
+    def brokers(self) -> str:
+        """``host:port,...``."""
+        return str(self._extra["bootstrap.servers"])
+
     def consumer(self, group_id: str) -> dict[str, Any]:
         """The consumer's configuration."""
         own = {k: v for k, v in self._quiet().items() if k != "group.protocol"}

@@ -155,6 +155,74 @@ print(len(shop.read('slow')), shop.rebuild('slow'), len(shop.preview('slow', n=3
     assert told[1] == ""
 
 
+@pytest.mark.parametrize(
+    ("at", "call", "told", "state"),
+    [
+        (
+            "kframe.commit.store.shutil.move",
+            "shop.compact()",
+            "the file is as it was",
+            "10 [1] 10",
+        ),
+        ("kframe.commit.store._connect", "shop.compact()", "the file has been written anew", "10 [1] 10"),
+        (
+            "kframe.pipeline.declaring.from_pandas",
+            "shop.side_table('side', pd.DataFrame({'a': [2]}))",
+            "the table 'side' was not changed",
+            "10 [1] 10",
+        ),
+        (
+            "kframe.pipeline.declaring.quote",
+            "shop.side_table('side', pd.DataFrame({'a': [2]}))",
+            "the table 'side' holds the new rows",
+            "10 [2] 10",
+        ),
+        ("shop.stop", "shop.rewind()", "nothing was rewound", "10 [1] 10"),
+        ("kframe.pipeline.drop", "shop.rewind()", "moved back to before the first record", "0 [1] 0"),
+    ],
+    ids=[
+        "compact, before",
+        "compact, amid",
+        "side table, before",
+        "side table, amid",
+        "rewind, before",
+        "rewind, amid",
+    ],
+)
+def test_the_stop_button_while_the_file_changes_says_what_holds(
+    kernel: Kernel, tmp_path: Path, at: str, call: str, told: str, state: str
+) -> None:
+    """Kills: a file without its connection; a note that tells the opposite of what the file holds."""
+    run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))
+    where, name = at.rsplit(".", 1)
+    ready = f"""
+import pandas as pd
+import kframe.commit.store, kframe.pipeline.declaring
+shop.side_table("side", pd.DataFrame({{"a": [1]}}))
+shop.run(progress=False)
+real = {at}
+def slow(*arguments, **options):
+    print("inside", flush=True)
+    threading.Event().wait(1)
+    return real(*arguments, **options)
+{where}.{name} = slow
+"""
+    assert run(kernel, ready)[1] == ""
+    said, error = run(kernel, call, interrupt_at="inside")
+    assert error == "KeyboardInterrupt"
+    assert told in said
+    look = f"""
+{where}.{name} = real
+try:
+    rows = len(shop.read("rows"))
+except kf.errors.KframeError:
+    rows = 0
+print(rows, shop.read("side").a.tolist(), sum(shop.status().positions.values()))
+print(shop.run(progress=False).rows + rows)
+"""
+    assert run(kernel, look) == (f"{state}\n10\n", "")
+
+
 def test_a_second_stop_while_the_first_is_at_work_still_ends_the_run(kernel: Kernel, tmp_path: Path) -> None:
     """Kills: a source that stays open, and a run that never ends, when the clean-up is interrupted."""
     run(kernel, DEFINE.format(path=str(tmp_path / "p.duckdb")))

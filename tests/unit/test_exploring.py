@@ -93,6 +93,16 @@ def test_a_preview_says_that_it_is_one(tmp_path: Path) -> None:
         assert [line.split(":")[0] for line in seen.attrs["dead_letters"]] == ["orders[0] offset 4"]
 
 
+def test_a_preview_of_an_output_goes_by_its_topic(tmp_path: Path) -> None:
+    """Kills: a name of our own making that nobody has declared."""
+    with kf.Pipeline(tmp_path / "p.duckdb", brokers="127.0.0.1:1") as made:
+        made._source = orders()
+        made.topic("orders", schema=SCHEMA)
+        made.output("alerts", inputs=["orders"])(lambda batch: batch[batch.qty > 7])
+        assert made.preview("alerts")["qty"].tolist() == [8, 9]
+        assert made.preview("output:alerts")["qty"].tolist() == [8, 9]
+
+
 def test_a_preview_before_anything_is_there(tmp_path: Path) -> None:
     """Kills: a fetch of nothing that never ends; columns lost with the rows."""
     with shop(tmp_path, orders(0)) as made:

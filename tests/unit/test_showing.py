@@ -339,7 +339,8 @@ def test_numbers_as_people_read_them(told: str, expected: str) -> None:
 # ---- rates ----------------------------------------------------------------------------------------------
 
 
-def metered(samples: Iterable[tuple[float, dict[int, int], dict[int, int]]]) -> Meter:
+def metered(samples: Iterable[tuple[float, dict[int, int], dict[int, int]]], share: float = 1.0) -> Meter:
+    """A meter of a log in which a `share` of the offsets hold records."""
     now = [0.0]
     meter = Meter(clock=lambda: now[0])
     for at, positions, ends in samples:
@@ -347,20 +348,35 @@ def metered(samples: Iterable[tuple[float, dict[int, int], dict[int, int]]]) -> 
         meter.note(
             {TopicPartition("t", p): Position(o) for p, o in positions.items()},
             {TopicPartition("t", p): o for p, o in ends.items()},
+            int(share * sum(positions.values())),
         )
     return meter
 
 
 def test_rates_are_of_the_last_seconds() -> None:
     samples = [(float(s), {0: 100 * s}, {0: 1000 + 10 * s}) for s in range(20)]
-    assert metered(samples).rates() == (100.0, 10.0)
-    assert metered([*samples, (60.0, {0: 1900}, {0: 1190})]).rates() == (0.0, 0.0)
+    assert metered(samples).rates() == (100.0, 10.0, 100.0)
+    assert metered([*samples, (60.0, {0: 1900}, {0: 1190})]).rates() == (0.0, 0.0, 0.0)
+
+
+def test_a_log_with_gaps_has_fewer_records_than_offsets_and_the_page_says_so() -> None:
+    """Kills: a rate of offsets that is called records."""
+    samples = [(float(s), {0: 100 * s}, {0: 1000 + 10 * s}) for s in range(20)]
+    meter = metered(samples, share=0.5)
+    assert meter.rates() == (100.0, 10.0, 50.0)
+    rates = dict(zip(("processed_per_s", "arriving_per_s", "records_per_s"), meter.rates(), strict=True))
+    seen = Tags(page(status(history=meter.history(), **rates))).text
+    assert "offsets, last minute; 50/s of them records" in seen
+    rates["records_per_s"] = rates["processed_per_s"]
+    seen = Tags(page(status(history=meter.history(), **rates))).text
+    assert "offsets, last minute" in seen
+    assert "records" not in seen
 
 
 def test_a_new_partition_is_no_burst_of_records() -> None:
     """Kills: rates from the differences of sums."""
     meter = metered([(0, {0: 0}, {0: 10}), (1, {0: 5}, {0: 20}), (2, {0: 10, 1: 500}, {0: 30, 1: 9000})])
-    assert meter.rates() == (5.0, 10.0)
+    assert meter.rates()[:2] == (5.0, 10.0)
 
 
 def test_progress_is_of_what_lay_before_the_run() -> None:
