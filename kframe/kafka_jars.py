@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from kframe.errors import LocalKafkaError
 
-KAFKA_VERSION = "4.3.1"
+KAFKA_VERSION = "4.2.1"
 _MAVEN = "https://repo1.maven.org/maven2"
 _AT_ONCE = 8
 _TIMEOUT_S = 60

@@ -23,6 +23,11 @@ _DEFAULTS: dict[str, Any] = {
     "topic.metadata.refresh.interval.ms": 30_000,
 }
 
+_CONNECTING: dict[str, Any] = {
+    "log_level": 0,
+    "reconnect.backoff.max.ms": 1_000,  # the client's 10 s outlast a broker's restart
+}
+
 _MEMBER: dict[str, Any] = {
     "partition.assignment.strategy": "cooperative-sticky",  # others hand the partition round at every change
     "session.timeout.ms": 6_000,
@@ -112,7 +117,7 @@ class Settings:
         return text
 
     def _quiet(self) -> dict[str, Any]:
-        return {"log_level": 0, **self._extra}
+        return {**_CONNECTING, **self._extra}
 
 
 _CONSUMER_ONLY = {
