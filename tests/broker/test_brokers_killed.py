@@ -36,6 +36,7 @@ pytestmark = pytest.mark.broker
 
 QUICK = {"group.min.session.timeout.ms": 500}
 FILES = "ab"
+ENOUGH_S = 150  # a transaction that nobody ends is ended by the broker after a minute
 
 
 class Pair:
@@ -80,7 +81,7 @@ class Pair:
     def goes_on(self) -> None:
         """Wait until some hundred records more than by now are read."""
         enough = self.feeder.written + 300
-        until(lambda: self.read() >= enough, self.__repr__)
+        until(lambda: self.read() >= enough, self.__repr__, ENOUGH_S)
 
     def check(self) -> None:
         records = self.feeder.written

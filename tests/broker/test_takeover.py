@@ -33,7 +33,7 @@ from tests.broker.test_delivery_kills import console_consumer
 
 pytestmark = pytest.mark.broker
 
-STRIKES = {"classic": 40, "consumer": 30}
+STRIKES = {"classic": 30, "consumer": 30}
 if "KFRAME_TAKEOVERS" in os.environ:
     STRIKES = dict.fromkeys(STRIKES, int(os.environ["KFRAME_TAKEOVERS"]))
 FILES = "abc"
@@ -177,9 +177,9 @@ class Feeder(threading.Thread):
         return self.written
 
 
-def until(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+def until(condition: Callable[[], bool], otherwise: Callable[[], str], seconds: float = 60) -> None:
     """Wait for a condition, in bounded time."""
-    pause, deadline = threading.Event(), time.monotonic() + 60
+    pause, deadline = threading.Event(), time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, otherwise()
         pause.wait(0.02)
