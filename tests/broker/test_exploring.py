@@ -19,7 +19,9 @@ SCHEMA = {"n": "int64"}
 
 
 def write(kafka: kf.LocalKafka, topic: str, rows: range, **options: bool) -> None:
-    kf.write(pd.DataFrame({"n": rows}), topic, brokers=kafka.brokers, progress=False, **options)  # type: ignore[arg-type]
+    """By key: without one, all of a batch go to one partition."""
+    frame = pd.DataFrame({"n": rows})
+    kf.write(frame, topic, brokers=kafka.brokers, key="n", progress=False, **options)  # type: ignore[arg-type]
 
 
 def delete_before(kafka: kf.LocalKafka, topic: str, offset: int) -> None:
