@@ -41,7 +41,7 @@ from kframe.worker import AtEdge
 
 TRANSITIONS = {
     "new": {"running", "standby", "failed", "stopped"},
-    "standby": {"running", "stopped", "failed"},
+    "standby": {"running", "standby", "stopped", "failed"},  # a take-over that came to nothing: once more
     "running": {"paused", "stopping", "standby", "stopped", "failed"},
     "paused": {"running", "stopping"},
     "stopping": {"stopped", "failed"},
@@ -205,7 +205,6 @@ class Run(TakingOver):
             while not self._stop.is_set():
                 if not self._follow(standby, election):
                     return
-                self._become("running")
                 if self._serve_a_turn(standby, work):
                     return
                 self._become("standby")
@@ -242,6 +241,7 @@ class Run(TakingOver):
         try:
             targets = self._targets()
             standby.take_over(next(target for target in targets if target.name == KAFKA))
+            self._become("running")
             self._serve(work, targets)
             return not self._deposed()
         except (Retryable, Fenced, DeliveryUnknown) as error:

@@ -187,7 +187,7 @@ class Running(Delivering):
             raise ConfigError(
                 "standby=True publishes a changelog to Kafka: give brokers= instead of source=."
             )
-        return Standby(self._settings, self._ledger)
+        return Standby(self._settings, self._ledger, self._at_edge)
 
     def _open_source(self) -> Source:
         if self._source is not None:

@@ -20,6 +20,8 @@ from kframe.source.bounded import batches_between, read_bounded
 from kframe.source.protocol import Source
 from kframe.standby.changelog import Commit, Log, last_commit
 
+EDGES = ("applying", "applied")
+"""Rows of the changelog are written and not committed; they are."""
 _LIMITS = Limits(rows_max=245_760, bytes_max=64 << 20, interval_s=0.1)
 _LOOK_BACK = 64  # offsets; the last commit is seldom farther from the end
 
@@ -50,9 +52,19 @@ class Follower:
     retention : timedelta
         How long the topic keeps tombstones. A file that is behind by half of that is restored whole: what was
         deleted meanwhile may not be told any more.
+    at_edge : callable
+        Told each of `EDGES`.
     """
 
-    def __init__(self, ledger: Ledger, source: Source, topic: str, target: str, retention: timedelta) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        source: Source,
+        topic: str,
+        target: str,
+        retention: timedelta,
+        at_edge: Callable[[str], None] = lambda _edge: None,
+    ) -> None:
         self._ledger = ledger
         self._store = ledger.store
         self._source = source
@@ -60,6 +72,7 @@ class Follower:
         self._outbox = Outbox(ledger.store, ledger.pipeline)
         self._target = target
         self._retention = retention
+        self._at_edge = at_edge
         self._pending = RECORDS.empty_table()
 
     def catch_up(
@@ -209,6 +222,8 @@ class Follower:
             if found is not None:
                 self._outbox.delivered(cur, self._target, found[1].delivered, exact=True)
             self._set(cur, position, whole)
+            self._at_edge("applying")
+        self._at_edge("applied")
 
     def _wipe(self) -> None:
         """Remove what the pipeline has in the file, apart from side tables."""

@@ -16,9 +16,12 @@ from kframe.errors import ConfigError, Fenced
 from kframe.source.kafka import KafkaSource
 from kframe.source.settings import Settings
 from kframe.standby.election import Election
+from kframe.standby.follow import EDGES as FOLLOW_EDGES
 from kframe.standby.follow import Follower
 from kframe.standby.journal import Journal
 
+EDGES = (*FOLLOW_EDGES, "claimed", "caught_up")
+"""Of standing by; the last two of a take-over: the former one is fenced; the changelog is read to its end."""
 _ADMIN_TIMEOUT_S = 10.0
 _CONFIG = {"cleanup.policy": "compact", "delete.retention.ms": "604800000"}  # a week to come back warm
 
@@ -67,10 +70,16 @@ def existing_changelog(settings: Settings, pipeline: str) -> tuple[str, timedelt
     return topic, retention
 
 
-def follower(settings: Settings, ledger: Ledger, topic: str, retention: timedelta) -> Follower:
+def follower(
+    settings: Settings,
+    ledger: Ledger,
+    topic: str,
+    retention: timedelta,
+    at_edge: Callable[[str], None] = lambda _edge: None,
+) -> Follower:
     """What brings `ledger`'s file up to a changelog."""
     source = KafkaSource(settings, group_id=f"kframe.{ledger.pipeline}.follower")
-    return Follower(ledger, source, topic, KAFKA, retention)
+    return Follower(ledger, source, topic, KAFKA, retention, at_edge)
 
 
 class Standby:
@@ -81,11 +90,14 @@ class Standby:
     settings : Settings
     ledger : Ledger
         Of this instance's file.
+    at_edge : callable
+        Told each of `EDGES`.
     """
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, at_edge: Callable[[str], None]) -> None:
         self._settings = settings
         self._ledger = ledger
+        self._at_edge = at_edge
         self._topic = changelog_topic(ledger.pipeline)
         self._retention = timedelta(0)
 
@@ -126,14 +138,14 @@ class Standby:
         """
         held = target.open(0) or 0
         target.commit(held)
-        if (
-            self._follower().catch_up()
-            and Outbox(self._ledger.store, self._ledger.pipeline).position(KAFKA)[0] != held
-        ):
+        self._at_edge("claimed")
+        others = self._follower().catch_up()
+        self._at_edge("caught_up")
+        if others and Outbox(self._ledger.store, self._ledger.pipeline).position(KAFKA)[0] != held:
             raise Fenced(
                 f"Another instance of pipeline {self._ledger.pipeline!r} has published meanwhile.",
                 kept="Nothing of this one was published.",
             )
 
     def _follower(self) -> Follower:
-        return follower(self._settings, self._ledger, self._topic, self._retention)
+        return follower(self._settings, self._ledger, self._topic, self._retention, self._at_edge)

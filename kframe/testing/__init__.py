@@ -7,7 +7,8 @@ A step is a plain function, so call it first. Then ask what kframe's own tests a
 `play`
     A script of `add`, `skip`, `partitions`, `run`, `crash`, `resume` and `check`; a failure shows where.
 `Faults`
-    An exception, a KeyboardInterrupt or a SIGKILL at any of `EDGES`: ``Pipeline(..., at_edge=faults)``.
+    An exception, a KeyboardInterrupt or a SIGKILL at any of `EDGES`, of `DELIVERY_EDGES` or of
+    `STANDBY_EDGES`: ``Pipeline(..., at_edge=faults)``.
 `MemorySource`
     A log with Kafka's offsets, gaps and tombstones: ``Pipeline(..., source=log)``.
 
@@ -23,6 +24,7 @@ Examples
 from kframe.deliver.deliverer import EDGES as DELIVERY_EDGES
 from kframe.engine import EDGES
 from kframe.source.memory import MemorySource
+from kframe.standby.standing import EDGES as STANDBY_EDGES
 from kframe.testing.equivalence import check_batch_equivalence
 from kframe.testing.faults import Fault, Faults, InjectedFault
 from kframe.testing.frames import difference
@@ -31,6 +33,7 @@ from kframe.testing.script import add, check, crash, partitions, play, resume, r
 __all__ = [
     "DELIVERY_EDGES",
     "EDGES",
+    "STANDBY_EDGES",
     "Fault",
     "Faults",
     "InjectedFault",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kframe.deliver.deliverer import EDGES as DELIVERY_EDGES
 from kframe.engine import EDGES
+from kframe.standby.standing import EDGES as STANDBY_EDGES
 
 KINDS = ("exception", "interrupt", "kill")
 """An `InjectedFault`, a KeyboardInterrupt, a SIGKILL of this process."""
@@ -25,7 +26,7 @@ class Fault:
     Parameters
     ----------
     edge : str
-        One of `EDGES` or `DELIVERY_EDGES`.
+        One of `EDGES`, `DELIVERY_EDGES` or `STANDBY_EDGES`.
     kind : "exception", "interrupt" or "kill"
     at : int
         The pass that fires, counted from 1 when the fault is armed.
@@ -36,7 +37,8 @@ class Fault:
     at: int = 1
 
     def __post_init__(self) -> None:
-        for what, value, known in (("edge", self.edge, EDGES + DELIVERY_EDGES), ("kind", self.kind, KINDS)):
+        edges = EDGES + DELIVERY_EDGES + STANDBY_EDGES
+        for what, value, known in (("edge", self.edge, edges), ("kind", self.kind, KINDS)):
             if value not in known:
                 raise ValueError(f"Fault: there is no {what} {value!r}. Choose from {', '.join(known)}.")
         if self.at < 1:

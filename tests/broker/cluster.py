@@ -1,4 +1,4 @@
-"""Three brokers on loopback, each a voter of the quorum too, so that any one of them may be killed."""
+"""Several brokers, each a voter of the quorum too, so that a minority of them may be killed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from kframe.broker import LocalKafka, _java, _write_config
 from kframe.kafka_jars import kafka_jars
 
-NODES = (1, 2, 3)
-REPLICATED = {
-    "default.replication.factor": 3,
-    "min.insync.replicas": 2,
-    "offsets.topic.replication.factor": 3,
+REPLICAS = ("default.replication.factor", "offsets.topic.replication.factor")
+REPLICAS += ("transaction.state.log.replication.factor",)
+MAJORITY = ("min.insync.replicas", "transaction.state.log.min.isr")
+CONFIG = {
     "offsets.topic.num.partitions": 1,  # one leader coordinates all groups
-    "transaction.state.log.replication.factor": 3,
-    "transaction.state.log.min.isr": 2,
     "transaction.state.log.num.partitions": 1,  # and one all transactions
     "broker.session.timeout.ms": 2000,
     "broker.heartbeat.interval.ms": 500,
@@ -31,21 +28,31 @@ REPLICATED = {
 
 
 class Cluster:
-    """Three brokers that keep their data under `folder`; leaving the ``with`` block stops them.
+    """Brokers that keep their data under `folder`; leaving the ``with`` block stops them.
+
+    Parameters
+    ----------
+    folder : Path
+    nodes : int
+        How many; each partition has a replica on every one.
+    host : str
+        The address at which they listen.
 
     Attributes
     ----------
     brokers : str
-        All three, for ``bootstrap.servers``.
+        All of them, for ``bootstrap.servers``.
     """
 
-    def __init__(self, folder: Path, **config: Any) -> None:
-        self._ports = {node: (_free_port(), _free_port()) for node in NODES}
+    def __init__(self, folder: Path, nodes: int = 3, host: str = "127.0.0.1", **config: Any) -> None:
+        self._host = host
+        self._ports = {node: (_free_port(), _free_port()) for node in range(1, nodes + 1)}
         self._id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "x", 1)
-        self._config = {**REPLICATED, **config}
-        self.brokers = ",".join(f"127.0.0.1:{port}" for port, _ in self._ports.values())
+        replicated = dict.fromkeys(REPLICAS, nodes) | dict.fromkeys(MAJORITY, nodes // 2 + 1)
+        self._config = {**CONFIG, **replicated, **config}
+        self.brokers = ",".join(f"{host}:{port}" for port, _ in self._ports.values())
         self._admin = AdminClient({"bootstrap.servers": self.brokers, "log_level": 0})
-        self._nodes = {node: self._node(folder / str(node), node) for node in NODES}
+        self._nodes = {node: self._node(folder / str(node), node) for node in self._ports}
 
     def __enter__(self) -> Cluster:
         try:
@@ -69,7 +76,7 @@ class Cluster:
     def in_sync(self) -> bool:
         """Whether every partition has all of its replicas."""
         topics = self._admin.list_topics(timeout=10).topics.values()
-        return all(len(p.isrs) == len(NODES) for topic in topics for p in topic.partitions.values())
+        return all(len(p.isrs) == len(self._nodes) for topic in topics for p in topic.partitions.values())
 
     def kill(self, node: int) -> None:
         """SIGKILL."""
@@ -81,13 +88,19 @@ class Cluster:
 
     def _all(self, call: Callable[[LocalKafka], None]) -> None:
         """At once: none is ready before another is."""
-        with ThreadPoolExecutor(len(NODES)) as pool:
+        with ThreadPoolExecutor(len(self._nodes)) as pool:
             list(pool.map(call, self._nodes.values()))
 
     def _node(self, home: Path, node: int) -> LocalKafka:
         home.mkdir(parents=True)
         voters = ",".join(f"{n}@127.0.0.1:{port}" for n, (_, port) in self._ports.items())
-        own = {"node.id": node, "controller.quorum.voters": voters}
+        port, controller = self._ports[node]
+        own = {
+            "node.id": node,
+            "controller.quorum.voters": voters,
+            "listeners": f"PLAINTEXT://{self._host}:{port},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": f"PLAINTEXT://{self._host}:{port}",
+        }
         properties = _write_config(home, self._ports[node], {**self._config, **own})
         jvm = [_java(), "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
         jvm += [f"-Dlog4j2.configurationFile={home / 'log4j2.yaml'}"]
@@ -95,7 +108,7 @@ class Cluster:
         formatted = [*jvm, "kafka.tools.StorageTool", "format", "-t", self._id, "-c", str(properties)]
         subprocess.run(formatted, check=True, capture_output=True, timeout=60)
         command = [*jvm, "kafka.Kafka", str(properties)]
-        return LocalKafka(f"127.0.0.1:{self._ports[node][0]}", folder=home, command=command)
+        return LocalKafka(f"{self._host}:{port}", folder=home, command=command)
 
 
 def _free_port() -> int:

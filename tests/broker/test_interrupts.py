@@ -18,7 +18,8 @@ pytestmark = pytest.mark.broker
 MakeTopic = Callable[..., str]
 
 BEGIN = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 import pandas as pd
 import kframe as kf
 import kframe.rebuild, kframe.standalone

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import pandas as pd
 import pytest
 
 import kframe as kf
-from kframe.testing import Fault, Faults
+from kframe.testing import STANDBY_EDGES, Fault, Faults
 from tests.broker.test_delivery_kills import console_consumer
 
 pytestmark = pytest.mark.broker
@@ -37,10 +37,11 @@ STRIKES = {"classic": 30, "consumer": 30}
 if "KFRAME_TAKEOVERS" in os.environ:
     STRIKES = dict.fromkeys(STRIKES, int(os.environ["KFRAME_TAKEOVERS"]))
 FILES = "abc"
-EDGES = (
+SERVING = (
     *("delivering", "delivered", "committed", "acknowledged"),
     *("fetched", "transformed", "rows_written", "positions_written"),
 )
+EDGES = (*STANDBY_EDGES, *SERVING)
 KEYS = 20
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "classic": {"session.timeout.ms": 1000, "heartbeat.interval.ms": 300},
@@ -100,13 +101,20 @@ def serve(told: Any, fault: list[Fault], path: str, *where: Any) -> None:
 class Instance:
     """A process that serves one file, and what it said last."""
 
-    def __init__(self, file: Path, where: tuple[Any, ...], edge: str = "", at: int = 0) -> None:
+    def __init__(
+        self,
+        file: Path,
+        where: tuple[Any, ...],
+        edge: str = "",
+        at: int = 0,
+        process: Callable[..., None] = serve,
+    ) -> None:
         self.file = file
         self.edge = edge
         self.said = ("", 0)
         self._heard, told = _processes.Pipe(duplex=False)
         fault = [Fault(edge, "kill", at)] if edge else []
-        self.process = _processes.Process(target=serve, args=(told, fault, str(file), *where))
+        self.process = _processes.Process(target=process, args=(told, fault, str(file), *where))
         self.process.start()
         told.close()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -215,7 +223,7 @@ class Group:
 
     def __init__(self, folder: Path, where: tuple[Any, ...], strikes: int, dice: random.Random) -> None:
         self._where, self._strikes, self._dice = where, strikes, dice
-        self._edges = cycle(EDGES)
+        self._armed = Counter[str]()
         self.struck = Counter[str]()
         self.members = [Instance(folder / f"{name}.duckdb", where) for name in FILES]
 
@@ -226,7 +234,9 @@ class Group:
                 self.struck[member.edge or "at a random moment"] += 1
                 edge, at = "", 0
                 if self._dice.random() < 0.6 and self.struck.total() < self._strikes:
-                    edge, at = next(self._edges), self._dice.randrange(1, 4)
+                    edge = min(EDGES, key=self._armed.__getitem__)
+                    self._armed[edge] += 1
+                    at = self._dice.randrange(1, 4) if edge in SERVING else 1
                 self.members[i] = Instance(member.file, self._where, edge, at)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
@@ -247,7 +257,7 @@ class Group:
         unarmed = [m for m in self.members if m is not victim and not m.edge]
         if unarmed and self._dice.random() < 0.8:
             unarmed[0].kill()
-        if victim.edge:
+        if victim.edge in SERVING:
             self.wait(lambda: victim not in self.members, f"{victim.edge} was never passed")
         elif self._dice.random() < 0.2:
             victim.send(signal.SIGSTOP)
@@ -258,6 +268,7 @@ class Group:
             self.struck["stopped and woken"] += 1
         else:
             pause.wait(self._dice.random() * 0.4)
+            self._armed[victim.edge] -= 1  # it comes again
             victim.kill()
 
     def end(self) -> None:
@@ -287,6 +298,7 @@ def test_take_overs(protocol: str, kafka: kf.LocalKafka, tmp_path: Path) -> None
     took = time.monotonic() - began
     print(f"\n{group.struck.total()} in {took:.0f} s over {records:,} records: {dict(group.struck)}")
     assert group.struck.total() >= STRIKES[protocol]
+    assert set(STANDBY_EDGES) <= set(group.struck), "not at every edge of a take-over"
     for name in FILES:
         check_tables(tmp_path / f"{name}.duckdb", records, *where)
     check_output(kafka, f"{topic}-out", records)

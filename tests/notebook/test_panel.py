@@ -102,6 +102,27 @@ def test_numbers_move_and_buttons_act(open_book: Open) -> None:
     assert outputs(book.save(), 2) == []  # the panel's thread put nothing into another cell
 
 
+def test_notebook_7_shows_it_too(lab: Lab, page: Page, tmp_path: Path) -> None:
+    """The other front end, on the same server. Kills: a panel that only JupyterLab can draw."""
+    cells = [DEFINE.format(path=str(tmp_path / "shop.duckdb")), START, ADD]
+    lab.notebook("seven", cells)
+    page.goto(f"http://127.0.0.1:{lab.port}/notebooks/seven.ipynb")
+    expect(page.locator("#jp-NotebookLogo")).to_be_visible()
+    cell = page.locator(".jp-Notebook .jp-Cell")
+    expect(cell).to_have_count(len(cells))
+    cell.first.click()
+    panel = cell.nth(1).locator(".jp-Cell-outputArea")
+    for _ in cells[:2]:
+        page.keyboard.press("Shift+Enter")
+    expect(panel.locator(".kf:visible")).to_have_count(1)
+    expect(panel).to_contain_text("running")
+    page.keyboard.press("Shift+Enter")
+    expect(panel).to_contain_text("140")
+    panel.get_by_role("button", name="Stop").click()
+    expect(panel).to_contain_text("stopped")
+    expect(panel.get_by_role("button")).to_have_count(0)
+
+
 def test_a_page_that_is_loaded_again_goes_on(open_book: Open, page: Page, lab: Lab) -> None:
     """Kills: a panel that lives in one page's memory alone; one that never hears of the end."""
     book = open_book(START, ADD, STOP)
