@@ -28,6 +28,10 @@ _CONNECTING: dict[str, Any] = {
     "reconnect.backoff.max.ms": 1_000,  # the client's 10 s outlast a broker's restart
 }
 
+_ADMIN: dict[str, Any] = {
+    "topic.metadata.refresh.interval.ms": 1_000,  # else it asks a dead broker for minutes
+}
+
 _MEMBER: dict[str, Any] = {
     "partition.assignment.strategy": "cooperative-sticky",  # others hand the partition round at every change
     "session.timeout.ms": 6_000,
@@ -96,8 +100,8 @@ class Settings:
         return config
 
     def admin(self) -> dict[str, Any]:
-        """The admin client's configuration: only what connecting needs."""
-        return {k: v for k, v in self._quiet().items() if k not in _CONSUMER_ONLY}
+        """The admin client's configuration: what connecting needs, and to notice which brokers are gone."""
+        return {**_ADMIN, **self._connecting()}
 
     def producer(self, **own: Any) -> dict[str, Any]:
         """An idempotent producer's configuration."""
@@ -105,7 +109,7 @@ class Settings:
             "linger.ms": 20,
             "compression.type": "lz4",
             "enable.idempotence": True,
-            **self.admin(),
+            **self._connecting(),
             **{name.replace("_", "."): value for name, value in own.items()},
         }
 
@@ -115,6 +119,9 @@ class Settings:
             if name not in _SHOWN and len(str(value)) > 2:
                 text = text.replace(str(value), "[hidden]")
         return text
+
+    def _connecting(self) -> dict[str, Any]:
+        return {k: v for k, v in self._quiet().items() if k not in _CONSUMER_ONLY}
 
     def _quiet(self) -> dict[str, Any]:
         return {**_CONNECTING, **self._extra}
