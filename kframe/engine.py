@@ -125,7 +125,7 @@ class Engine:
         self._outbox = Outbox(store, ledger.pipeline)
         self._defined: Sequence[Step] | None = None
         self._worker: Worker | None = None
-        self._ahead = Ahead(self._read, enabled=not any(d.learns for d in decoders.values()))
+        self._ahead = Ahead(self._read, limits, enabled=not any(d.learns for d in decoders.values()))
 
     # ---- the protocol -------------------------------------------------------------------------------
 

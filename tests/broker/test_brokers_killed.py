@@ -1,7 +1,7 @@
 """Brokers that are killed while a pipeline with an output stands by: nothing is lost or doubled.
 
 Kills: a run, a delivery or an election that ends with its broker; offsets asked of a leader by its earlier
-term, which the client does for minutes; rows sent again without asking what was
+term, or of a dead node, which the client does for minutes; rows sent again without asking what was
 delivered; a transaction that is taken for aborted when its coordinator is gone.
 """
 
@@ -131,11 +131,14 @@ def test_one_of_three_brokers_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pair.running():
             pair.goes_on()
             until(kafka.in_sync, lambda: "a replica stays behind")
+            sources = [KafkaSource(Settings(kafka.brokers), group_id="asks") for _ in range(8)]
+            assert all(source.describe(["orders"]) for source in sources)
             armed.append(kafka.leader("__transaction_state"))
             until(lambda: not armed, lambda: "no batch has come to its delivery")
             began = time.monotonic()
             pair.goes_on()
             print(f"\n300 records more {time.monotonic() - began:.1f} s after a node was killed")
+            assert all(source.describe(["orders"]) for source in sources), "some ask the dead node"
         pair.check()
 
 
