@@ -4,6 +4,7 @@ The layout, top to bottom; imports point down only::
 
     cli, demo                       commands
     magics                          %kframe
+    carrying                        a pipeline that carries a published topic to a store
     pipeline                        what users touch
     run, taking_over, rebuild, ...  one run, and before it; a table anew; queries; what a run tells
     notebook, meter                 pages, live panels and results; rates
@@ -21,6 +22,7 @@ real Apache Kafka on loopback.
 
 from kframe import errors
 from kframe.broker import LocalKafka, local_kafka
+from kframe.carrying import deliver
 from kframe.model import RunReport
 from kframe.notebook.live import LiveView, report
 from kframe.pipeline import Pipeline
@@ -41,6 +43,7 @@ __all__ = [
     "RunReport",
     "Schema",
     "Status",
+    "deliver",
     "errors",
     "follow",
     "local_kafka",

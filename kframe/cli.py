@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import contextlib
 import importlib
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from kframe.broker import local_kafka
+from kframe.carrying import deliver
 from kframe.commit.repair import repair
 from kframe.commit.store import Store, open_store
 from kframe.errors import ConfigError, KframeError
@@ -68,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
     look = commands.add_parser("peek", help="a topic's first records and the schema they suggest")
     look.add_argument("topic")
-    look.add_argument("--brokers", required=True)
+    _add_brokers(look)
     look.add_argument("-n", type=int, default=5, help="records to show")
-    look.set_defaults(command=lambda args: print(peek(args.topic, brokers=args.brokers, n=args.n)))
+    look.set_defaults(command=lambda args: print(peek(args.topic, n=args.n, **_cluster(args))))
 
     for name, query, told in (
         ("status", _STATUS, "the pipelines in a file"),
@@ -86,8 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     anew = commands.add_parser("restore", help="a pipeline's tables and positions from its changelog")
     anew.add_argument("pipeline", help="its name")
     anew.add_argument("file", help="made when missing")
-    anew.add_argument("--brokers", required=True)
-    anew.set_defaults(command=lambda args: print(restore(args.pipeline, args.file, brokers=args.brokers)))
+    _add_brokers(anew)
+    anew.set_defaults(command=lambda args: print(restore(args.pipeline, args.file, **_cluster(args))))
+
+    carry = commands.add_parser("deliver", help="carry a published topic to PostgreSQL or a Parquet folder")
+    carry.add_argument("topic")
+    carry.add_argument("file", help="keeps the table and the positions; made when missing")
+    _add_brokers(carry)
+    carry.add_argument("--to", required=True, help="postgresql://user@host/database, or a folder")
+    carry.add_argument("--key", action="append", default=[], help="a key column; once for each")
+    carry.add_argument("--column", action="append", metavar="NAME=TYPE", help="once for each; else inferred")
+    carry.add_argument("--table", help="its name there; the topic's by default")
+    carry.add_argument("--mode", choices=("transaction", "idempotent"), default="transaction")
+    carry.add_argument("--until", choices=("end", "forever"), default="forever")
+    carry.set_defaults(command=_deliver)
 
     small = commands.add_parser("compact", help="give back the space that updates have left in a file")
     small.add_argument("file")
@@ -97,6 +113,35 @@ def _parser() -> argparse.ArgumentParser:
     mend.add_argument("file")
     mend.set_defaults(command=lambda args: print(repair(args.file)))
     return parser
+
+
+def _add_brokers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--brokers", required=True, metavar="HOST:PORT,...")
+    parser.add_argument("--config", metavar="FILE", help="the Kafka client's settings, as name=value lines")
+
+
+def _cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """``brokers`` and ``kafka_config`` as the functions want them."""
+    if args.config is None:
+        return {"brokers": args.brokers}
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    try:
+        parser.read_string("[client]\n" + Path(args.config).read_text())
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--config {args.config}: {error}.") from None
+    except configparser.Error as error:  # its own words quote the line, which may hold a password
+        raise ConfigError(
+            f"--config {args.config}: {type(error).__name__}.",
+            hint="Write name=value lines; # begins a comment.",
+        ) from None
+    return {"brokers": args.brokers, "kafka_config": dict(parser["client"])}
+
+
+def _deliver(args: argparse.Namespace) -> None:
+    schema = dict(column.partition("=")[::2] for column in args.column) if args.column else None
+    options = {"key": args.key, "table": args.table, "schema": schema, "mode": args.mode}
+    with deliver(args.topic, args.file, to=args.to, **options, **_cluster(args)) as carrier:
+        print(carrier.run(until="end" if args.until == "end" else None))
 
 
 def _demo(args: argparse.Namespace) -> int:

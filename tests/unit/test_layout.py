@@ -15,7 +15,7 @@ import kframe.testing
 ROOT = Path(kf.__file__).parent
 LAYERS = [
     {"cli", "__main__", "demo", "magics"},
-    {"testing"},
+    {"testing", "carrying"},
     {"pipeline"},
     {
         "run",
