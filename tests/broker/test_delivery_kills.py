@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from tests.broker.test_outputs import consume
 
 pytestmark = pytest.mark.broker
 
-KILLS = 141
+LANES = 3  # pipelines beside each other, for each mostly waits
+KILLS = 47  # in each
 KEYS = 30
 RECORDS = 3000  # a round
 
@@ -109,13 +112,26 @@ def console_consumer(brokers: str, topic: str) -> list[tuple[str, Any]]:
 def test_kills_of_the_delivering_process_lose_and_double_nothing(
     kafka: Any, make_topic: Callable[..., str], tmp_path: Path
 ) -> None:
-    random_ = random.Random(11)
-    topic = make_topic(2)
+    began = time.monotonic()
+    topics = [make_topic(2) for _ in range(LANES)]
+    with ThreadPoolExecutor(LANES) as pool:
+        lanes = list(pool.map(partial(strike, kafka, tmp_path), topics))
+    hits = sum((struck for _, struck in lanes), Counter[str]())
+    print(f"\n{hits.total()} SIGKILLs in {time.monotonic() - began:.0f} s:")
+    for edge in (*DELIVERY_EDGES, "a random moment"):
+        print(f"  {edge:>16} {hits[edge]:4}")
+    assert all(hits[edge] >= LANES * (KILLS // 3) for edge in (*DELIVERY_EDGES, "a random moment"))
+    for topic, (expected, _) in zip(topics, lanes, strict=True):
+        judge(kafka, topic, expected)
+
+
+def strike(kafka: Any, tmp_path: Path, topic: str) -> tuple[list[tuple[str, int]], Counter[str]]:
+    """Kill a pipeline's sessions again and again; what it has been given, and how often each edge was hit."""
+    random_ = random.Random(topic)
     kafka.create_topic(f"{topic}-out", 3)
     where = {"path": str(tmp_path / f"{topic}.duckdb"), "brokers": kafka.brokers, "topic": topic}
     expected = produce(kafka.brokers, topic, 0)
     hits: Counter[str] = Counter()
-    began = time.monotonic()
     with fork_server(__file__) as server:
         while hits.total() < KILLS:
             edge = (*DELIVERY_EDGES, None)[hits.total() % 3]
@@ -127,11 +143,7 @@ def test_kills_of_the_delivering_process_lose_and_double_nothing(
             else:
                 hits[edge or "a random moment"] += 1
         assert server.session(edge=None, at=1, **where) == 0
-    print(f"\n{hits.total()} SIGKILLs in {time.monotonic() - began:.0f} s:")
-    for edge in (*DELIVERY_EDGES, "a random moment"):
-        print(f"  {edge:>16} {hits[edge]:4}")
-    assert all(hits[edge] >= KILLS // 3 for edge in (*DELIVERY_EDGES, "a random moment"))
-    judge(kafka, topic, expected)
+    return expected, hits
 
 
 def judge(kafka: Any, topic: str, expected: list[tuple[str, int]]) -> None:

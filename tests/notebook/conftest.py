@@ -53,6 +53,7 @@ class Lab:
             "IdentityProvider.token": "",
             "ServerApp.disable_check_xsrf": True,
             "LabApp.expose_app_in_browser": True,
+            "JupyterNotebookApp.expose_app_in_browser": True,
             "LabApp.user_settings_dir": home / "settings",
             "LabApp.workspaces_dir": home / "workspaces",
         }
@@ -108,11 +109,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 class Book:
     """A notebook open in a browser's page."""
 
-    def __init__(self, page: Page, lab: Lab, name: str) -> None:
+    def __init__(self, page: Page, lab: Lab, name: str, front_end: str = "lab/workspaces/{}/tree") -> None:
         self.page = page
         self.lab = lab
         self.name = name
-        page.goto(f"http://127.0.0.1:{lab.port}/lab/workspaces/{name}/tree/{name}.ipynb?reset")
+        page.goto(f"http://127.0.0.1:{lab.port}/{front_end.format(name)}/{name}.ipynb?reset")
         expect(page.locator(".jp-Notebook .jp-Cell").first).to_be_visible(timeout=TIMEOUT_MS)
         page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget?.context?.isReady")
         page.wait_for_function(

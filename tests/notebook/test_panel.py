@@ -104,19 +104,15 @@ def test_numbers_move_and_buttons_act(open_book: Open) -> None:
 
 def test_notebook_7_shows_it_too(lab: Lab, page: Page, tmp_path: Path) -> None:
     """The other front end, on the same server. Kills: a panel that only JupyterLab can draw."""
-    cells = [DEFINE.format(path=str(tmp_path / "shop.duckdb")), START, ADD]
-    lab.notebook("seven", cells)
-    page.goto(f"http://127.0.0.1:{lab.port}/notebooks/seven.ipynb")
+    lab.notebook("seven", [DEFINE.format(path=str(tmp_path / "shop.duckdb")), START, ADD])
+    book = Book(page, lab, "seven", "notebooks")
     expect(page.locator("#jp-NotebookLogo")).to_be_visible()
-    cell = page.locator(".jp-Notebook .jp-Cell")
-    expect(cell).to_have_count(len(cells))
-    cell.first.click()
-    panel = cell.nth(1).locator(".jp-Cell-outputArea")
-    for _ in cells[:2]:
-        page.keyboard.press("Shift+Enter")
+    assert book.told(0) == ""
+    book.run(1)
+    panel = book.cell(1)
     expect(panel.locator(".kf:visible")).to_have_count(1)
     expect(panel).to_contain_text("running")
-    page.keyboard.press("Shift+Enter")
+    book.run(2)
     expect(panel).to_contain_text("140")
     panel.get_by_role("button", name="Stop").click()
     expect(panel).to_contain_text("stopped")
