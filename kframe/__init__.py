@@ -22,7 +22,7 @@ real Apache Kafka on loopback.
 
 from kframe import errors
 from kframe.broker import LocalKafka, local_kafka
-from kframe.carrying import deliver
+from kframe.carrying import carry
 from kframe.model import RunReport
 from kframe.notebook.live import LiveView, report
 from kframe.pipeline import Pipeline
@@ -43,7 +43,7 @@ __all__ = [
     "RunReport",
     "Schema",
     "Status",
-    "deliver",
+    "carry",
     "errors",
     "follow",
     "local_kafka",

@@ -1,4 +1,4 @@
-"""`deliver`: a topic of changed rows, kept as the table that it tells of, and carried on to a store."""
+"""`carry`: a topic of changed rows, kept as the table that it tells of, and carried on to a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kframe.pipeline import Pipeline
 from kframe.transform.frames import to_pandas
 
 
-def deliver(
+def carry(
     topic: str,
     path: str | os.PathLike[str],
     *,
@@ -55,7 +55,7 @@ def deliver(
     Returns
     -------
     Pipeline
-        Defined, not started: ``deliver(...).run(until=None)`` goes on until it is stopped.
+        Defined, not started: ``carry(...).run(until=None)`` goes on until it is stopped.
 
     Raises
     ------

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kframe.broker import local_kafka
-from kframe.carrying import deliver
+from kframe.carrying import carry
 from kframe.commit.repair import repair
 from kframe.commit.store import Store, open_store
 from kframe.errors import ConfigError, KframeError
@@ -140,7 +140,7 @@ def _cluster(args: argparse.Namespace) -> dict[str, Any]:
 def _deliver(args: argparse.Namespace) -> None:
     schema = dict(column.partition("=")[::2] for column in args.column) if args.column else None
     options = {"key": args.key, "table": args.table, "schema": schema, "mode": args.mode}
-    with deliver(args.topic, args.file, to=args.to, **options, **_cluster(args)) as carrier:
+    with carry(args.topic, args.file, to=args.to, **options, **_cluster(args)) as carrier:
         print(carrier.run(until="end" if args.until == "end" else None))
 
 

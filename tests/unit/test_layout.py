@@ -130,5 +130,6 @@ def test_only_the_transaction_begins_and_commits() -> None:
 
 def test_exported_names() -> None:
     assert all(hasattr(kf, name) for name in kf.__all__)
+    assert not set(kf.__all__) & {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
     assert {"Pipeline", "RunReport", "errors", "local_kafka", "peek", "read", "write"} <= set(kf.__all__)
     assert all(hasattr(kframe.testing, name) for name in kframe.testing.__all__)
