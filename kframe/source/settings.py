@@ -32,7 +32,11 @@ _ADMIN: dict[str, Any] = {
     "topic.metadata.refresh.interval.ms": 1_000,  # else it asks a dead broker for minutes
 }
 
-_MEMBER: dict[str, Any] = {
+_PATIENCE: dict[str, Any] = {
+    "max.poll.interval.ms": 75_000,  # the group waits so long for a member; a turn ends in 60 s
+}
+
+_CLASSIC_MEMBER: dict[str, Any] = {
     "partition.assignment.strategy": "cooperative-sticky",  # others hand the partition round at every change
     "session.timeout.ms": 6_000,
     "heartbeat.interval.ms": 1_000,
@@ -94,9 +98,9 @@ class Settings:
         with ``group.protocol=consumer`` the broker's setting decides.
         """
         own = {"group.id": group_id, "enable.auto.commit": False, "auto.offset.reset": "latest"}
-        config = {**_MEMBER, **self._quiet(), **own}
+        config = {**_PATIENCE, **_CLASSIC_MEMBER, **self._quiet(), **own}
         if config.get("group.protocol") == "consumer":
-            return {k: v for k, v in config.items() if k not in _MEMBER}
+            return {k: v for k, v in config.items() if k not in _CLASSIC_MEMBER}
         return config
 
     def admin(self) -> dict[str, Any]:
