@@ -6,15 +6,13 @@
     plan      <- offset ranges
     partials  <- fetch, decode, steps that read records alone      (executor: pure, repeatable)
     changes   <- partials merged with what the store holds
-    BEGIN     changes, outbox, dead letters, batch log; positions by compare-and-set;
-              meanwhile asked: are the topics still those of the positions?              COMMIT
+    BEGIN     changes, outbox, dead letters, batch log; positions by compare-and-set     COMMIT
     acknowledge
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import pyarrow as pa
@@ -125,7 +123,6 @@ class Engine:
         self._outlets = outlets
         self._journal = journal
         self._outbox = Outbox(store, ledger.pipeline)
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="kframe-topics")
         self._defined: Sequence[Step] | None = None
         self._worker: Worker | None = None
         self._ahead = Ahead(self._read, limits, enabled=not any(d.learns for d in decoders.values()))
@@ -145,9 +142,9 @@ class Engine:
             return None
         try:
             self._check_dead_letters(partials)
-            checked = self._beside.submit(self._check_topics)
+            self._check_topics()
             with self.store.steady():
-                return self._commit(steps, partials, ranges, before_commit=checked.result)
+                return self._commit(steps, partials, ranges)
         except AbortBatch as error:
             error.ranges = error.ranges or ranges
             raise
@@ -167,7 +164,6 @@ class Engine:
     def close(self) -> None:
         """End what was begun in advance. The run has been told to stop, so that nothing waits for records."""
         self._ahead.close()
-        self._beside.shutdown()
 
     @property
     def done(self) -> bool:
@@ -180,7 +176,6 @@ class Engine:
         partials: Sequence[Partial],
         ranges: tuple[OffsetRange, ...],
         *,
-        before_commit: Callable[[], object] = lambda: None,
         replaces_dead_letters: bool = False,
     ) -> BatchReport:
         timings = _merged_timings(partials)
@@ -208,7 +203,6 @@ class Engine:
             if self._journal is not None:
                 self._journal(cur, report, changes, exhumed)
             self.ledger.advance(cur, ranges)
-            before_commit()
             self._at_edge("positions_written")
         self._at_edge("committed")
         self._committed(steps, partials, report)
