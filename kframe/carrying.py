@@ -95,14 +95,14 @@ def _as_keyed(keys: tuple[str, ...]) -> Callable[[pd.DataFrame], pd.DataFrame]:
     return keyed
 
 
-def _parts(key: bytes, keys: tuple[str, ...]) -> list[str]:
+def _parts(key: bytes, keys: tuple[str, ...]) -> list[str | None]:
     """A record's key, column by column as text: one column's key is its text, several are a JSON object."""
     if len(keys) == 1:
         return [key.decode()]
-    told = json.loads(key)
-    return [told[column] if isinstance(told[column], str) else json.dumps(told[column]) for column in keys]
+    told = [json.loads(key)[column] for column in keys]
+    return [part if part is None or isinstance(part, str) else json.dumps(part) for part in told]
 
 
-def _typed(texts: list[str], like: pd.Series[Any]) -> pd.Series[Any]:
+def _typed(texts: list[str | None], like: pd.Series[Any]) -> pd.Series[Any]:
     type_ = pa.array(like, from_pandas=True).type
     return to_pandas(pa.table({"key": pa.array(texts, pa.string()).cast(type_)}))["key"]

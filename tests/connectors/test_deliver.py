@@ -53,7 +53,7 @@ def orders(first: int, n: int) -> pd.DataFrame:
         {
             "sku": [f"it's {i % 11}" for i in rows],
             "n": rows,
-            "day": [f"2026-11-{1 + i % 3:02d}" for i in rows],
+            "day": [f"2026-11-{1 + i % 3:02d}" if i % 4 else None for i in rows],
             "price": [f"{i}.25" for i in rows],
         }
     )
@@ -74,12 +74,12 @@ def arguments(kafka: kf.LocalKafka, postgres: Postgres, folder: Path, topic: str
 
 def there(postgres: Postgres, topic: str, table: str) -> Rows:
     columns = "sku, n, day, price" if KEYS[table] else "n"
-    return sorted(postgres.rows(f"SELECT {columns} FROM {topic}_{table}"))
+    return sorted(postgres.rows(f"SELECT {columns} FROM {topic}_{table}"), key=repr)
 
 
 def here(made: kf.Pipeline, table: str) -> Rows:
     columns = "sku, n, day, price" if KEYS[table] else "n"
-    return sorted(made.sql(f"SELECT {columns} FROM {table}").fetchall())
+    return sorted(made.sql(f"SELECT {columns} FROM {table}").fetchall(), key=repr)
 
 
 def test_tables_with_removals_arrive_equal(
@@ -95,7 +95,7 @@ def test_tables_with_removals_arrive_equal(
                 assert main(command) == 0
                 assert there(postgres, topic, table) == here(made, table)
             assert 0 < len(here(made, "latest")) < 11
-            assert 0 < len(here(made, "by_day")) < 21
+            assert 0 < len(here(made, "by_day")) < 28
 
 
 def test_a_carrier_that_is_killed_goes_on(
@@ -117,7 +117,7 @@ def test_a_carrier_that_is_killed_goes_on(
         os.kill(carrier.pid, signal.SIGKILL)
         carrier.wait()
     assert main([*command, "--until", "end"]) == 0
-    assert there(postgres, topic, "seen") == [(n,) for n in range(400)]
+    assert sorted(there(postgres, topic, "seen")) == [(n,) for n in range(400)]
 
 
 def test_what_cannot_be_read_is_told_without_secrets(
