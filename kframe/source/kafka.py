@@ -59,6 +59,7 @@ class KafkaSource:
         self._group_id = group_id
         self._headers = frozenset(headers)
         self._trouble: str | None = None
+        self._met: set[str] = set()
         self._reader: Reader | None = None
         self._ends: Mapping[TopicPartition, int] = {}
         with _redacted(settings):
@@ -90,6 +91,7 @@ class KafkaSource:
                     raise self._no_such_topic(topic) from None
                 raise
             found[topic] = TopicInfo(str(described.topic_id), len(described.partitions))
+        self._met.update(found)
         return found
 
     def offsets(
@@ -99,6 +101,8 @@ class KafkaSource:
         tps = list(partitions)
         if isinstance(at, Mapping):
             return {tp: offset_at(at, tp) for tp in tps}
+        if strangers := {tp.topic for tp in tps} - self._met:
+            self.describe(strangers)  # else one client in fifteen overlooks who leads, and asks again in 3 s
         isolation = ck.IsolationLevel.READ_COMMITTED if committed else ck.IsolationLevel.READ_UNCOMMITTED
         found = self._patiently(lambda: self._listed(tps, at, isolation))
         after_all = [tp for tp, offset in found.items() if offset < 0]  # no record at or after that time

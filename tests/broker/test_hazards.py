@@ -18,6 +18,8 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 import kframe as kf
 from kframe.errors import ConfigError, LostRange, TooManyDeadLetters, TopicRecreated, UnreadableRecord
 from kframe.source import native
+from kframe.source.kafka import KafkaSource
+from kframe.source.settings import Settings
 
 pytestmark = pytest.mark.broker
 
@@ -159,6 +161,27 @@ def test_a_position_beyond_the_end_is_no_silent_jump(
         pytest.raises(LostRange, match="ends at 10"),
     ):
         made.run(progress=False)
+
+
+class Overheard:
+    """An admin client, and what it was asked."""
+
+    def __init__(self, admin: AdminClient) -> None:
+        self._admin = admin
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self._admin, name)
+
+
+def test_offsets_are_asked_when_the_leaders_are_known(kafka: kf.LocalKafka, make_topic: MakeTopic) -> None:
+    """A new client that is asked for offsets at once misses its own metadata now and then, for 3 seconds."""
+    source = KafkaSource(Settings(kafka.brokers), group_id="asks")
+    admin = source._admin = Overheard(source._admin)
+    tp = kf.model.TopicPartition(make_topic(), 0)
+    assert source.offsets([tp], "latest") == source.offsets([tp], "earliest") == {tp: 0}
+    assert admin.asked == ["describe_topics", "list_offsets", "list_offsets"]
 
 
 def test_a_topic_made_again_stops_the_next_run(
