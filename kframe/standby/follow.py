@@ -106,7 +106,10 @@ class Follower:
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
         stop, last = self._last(low, end)
-        if last is None:
+        if last is None:  # nothing is published yet: what comes can be followed batch by batch
+            if not self.followed().whole:
+                self._wipe()
+                self._move(low, whole=True)
             return False
         if last.file == self._store.id:
             self._move(stop, whole=True)
