@@ -99,8 +99,8 @@ def restore(
     try:
         ledger = Ledger(store, pipeline)
         with progress_bar(f"{pipeline} restoring", " records", shown=progress) as advance:
-            restored = follower(settings, ledger, topic, retention).catch_up(advance, keep_own=True)
-        if not restored:
+            last = follower(settings, ledger, topic, retention).catch_up(advance, keep_own=True)
+        if last is None or last.file == store.id:
             raise _nothing_to_restore(ledger, topic)
         store.checkpoint()
         return _told(ledger, time.monotonic() - began)

@@ -211,6 +211,15 @@ class Ledger:
                 hint="Ask again when it is done, or run again when it was cut short: it goes on from there.",
             )
 
+    def follows(self) -> bool:
+        """Whether the tables have been taken from a changelog, or are being."""
+        return bool(self._read("SELECT 1 FROM _kframe.followed WHERE pipeline = ?"))
+
+    def follow_nothing(self, cur: Cursor) -> None:
+        """Forget the changelog."""
+        for table in ("followed", "columns"):
+            cur.execute(f"DELETE FROM _kframe.{table} WHERE pipeline = ?", [self.pipeline])
+
     def last_committed_at(self) -> datetime | None:
         """When the last batch was committed."""
         rows = self._read("SELECT epoch_ms(max(committed_at)) FROM _kframe.batches WHERE pipeline = ?")
@@ -292,8 +301,9 @@ class Ledger:
 
     def forget(self, cur: Cursor) -> list[str]:
         """Remove all but side tables and gaps, under a new epoch; the names of the steps' tables to drop."""
-        names = self._read("SELECT name FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'")
-        for table in ("positions", "topics", "batches", "dead_letters"):
+        told = "SELECT name FROM _kframe.tables WHERE pipeline = $1 AND fingerprint <> 'side'"
+        names = self._read(f"{told} UNION SELECT table_name FROM _kframe.columns WHERE pipeline = $1")
+        for table in ("positions", "topics", "batches", "dead_letters", "columns"):
             cur.execute(f"DELETE FROM _kframe.{table} WHERE pipeline = ?", [self.pipeline])
         cur.execute(
             "DELETE FROM _kframe.tables WHERE pipeline = ? AND fingerprint <> 'side'", [self.pipeline]

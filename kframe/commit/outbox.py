@@ -61,13 +61,23 @@ class Outbox:
 
     def enrol(self, cur: duckdb.DuckDBPyConnection, target: str, name: str) -> bool:
         """Remember an outlet; whether it is a new one, whose table's earlier rows have never left."""
-        outlet = [self.pipeline, target, name]
-        known = cur.execute(
-            "SELECT 1 FROM _kframe.outlets WHERE pipeline = ? AND target = ? AND name = ?", outlet
-        ).fetchall()
+        known = self.enrolled(target, name, cur)
         if not known:
-            cur.execute("INSERT INTO _kframe.outlets VALUES (?, ?, ?)", outlet)
+            cur.execute("INSERT INTO _kframe.outlets VALUES (?, ?, ?)", [self.pipeline, target, name])
         return not known
+
+    def enrolled(self, target: str, name: str, cur: duckdb.DuckDBPyConnection | None = None) -> bool:
+        """Whether the outlet is remembered."""
+        found = (cur or self.store.cursor()).execute(
+            "SELECT 1 FROM _kframe.outlets WHERE pipeline = ? AND target = ? AND name = ?",
+            [self.pipeline, target, name],
+        )
+        return bool(found.fetchall())
+
+    def withdraw(self, cur: duckdb.DuckDBPyConnection, target: str, name: str) -> None:
+        """Forget an outlet: the next time it is a new one."""
+        outlet = [self.pipeline, target, name]
+        cur.execute("DELETE FROM _kframe.outlets WHERE pipeline = ? AND target = ? AND name = ?", outlet)
 
     # ---- delivering ---------------------------------------------------------------------------------
 

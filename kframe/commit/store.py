@@ -29,6 +29,9 @@ CREATE TABLE IF NOT EXISTS _kframe.topics (
     pipeline VARCHAR NOT NULL, topic VARCHAR NOT NULL, topic_id VARCHAR, "schema" VARCHAR);
 CREATE TABLE IF NOT EXISTS _kframe.tables (
     pipeline VARCHAR NOT NULL, name VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL);
+CREATE TABLE IF NOT EXISTS _kframe.columns (
+    pipeline VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL,
+    column_name VARCHAR NOT NULL, data_type VARCHAR NOT NULL);
 CREATE TABLE IF NOT EXISTS _kframe.positions (
     pipeline VARCHAR NOT NULL, topic VARCHAR NOT NULL, partition INTEGER NOT NULL,
     position BIGINT NOT NULL, leader_epoch INTEGER NOT NULL, epoch BIGINT NOT NULL);

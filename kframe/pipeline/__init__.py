@@ -16,6 +16,7 @@ from kframe.model import RECORDS, Fetched, RunReport
 from kframe.pipeline.showing import Showing
 from kframe.rebuild import rebuild
 from kframe.sinks.table import drop
+from kframe.standby.standing import leave
 from kframe.status import batches_frame, lag_frame
 
 
@@ -211,6 +212,7 @@ class Pipeline(Showing):
                 kept="Nothing was changed.",
                 hint="Compute anew under another name=, with files of their own.",
             )
+        leave(self._settings, self._ledger, what)
 
     def compact(self) -> tuple[int, int]:
         """Stop, and write the file anew without the space that updates and deletes have left in it.

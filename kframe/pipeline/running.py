@@ -23,7 +23,7 @@ from kframe.run import Run, stop_on_sigterm
 from kframe.source.kafka import KafkaSource
 from kframe.source.protocol import Source
 from kframe.source.settings import Settings
-from kframe.standby.standing import Standby
+from kframe.standby.standing import Standby, leave
 from kframe.worker import AtEdge
 
 _ARGUMENTS = ("brokers", "name", "kafka_config", "source", "executor")
@@ -182,6 +182,7 @@ class Running(Delivering):
 
     def _standby(self) -> Standby | None:
         if not self._options.standby:
+            leave(self._settings, self._ledger, "run()")
             return None
         if self._settings is None:
             raise ConfigError(

@@ -1,11 +1,11 @@
 """A pipeline's changelog: its changed rows, and its ledger's, as records of one compacted topic.
 
-Keys and values are JSON, every value a text, so that each DuckDB type comes back as it was:
+Keys and values are JSON, every value a text, so that each DuckDB type comes back as it was. Columns are rows
+of the ledger's table `COLUMNS`, and told once: compaction leaves them before the rows that have them.
 
     ["row", schema, table, {key column: text}]  -> the row; a tombstone deletes it
     ["added", schema, table, batch_id, n]       -> a row of a table without key
-    ["table", schema, table]                    -> its columns' types
-    ["view", name]                              -> its SQL
+    ["view", name]                              -> its name and SQL
     ["commit"]                                  -> the batch to which everything before it belongs
 """
 
@@ -25,6 +25,7 @@ from kframe.commit.store import quote, registered
 from kframe.model import Change
 
 RECORD = pa.schema([("key", pa.binary()), ("value", pa.binary())])
+LEDGER, COLUMNS = "_kframe", "columns"
 _COMMIT = b'["commit"]'
 _N = "_kframe_n"
 _LOG = "_kframe_log"
@@ -59,14 +60,9 @@ def of_change(cur: duckdb.DuckDBPyConnection, change: Change, batch_id: int) -> 
     return pa.concat_tables(parts)
 
 
-def of_table(change: Change, columns: Mapping[str, str]) -> pa.Table:
-    """The record that says how a change's table is stored: each column's SQL type."""
-    return _one(["table", change.schema, change.table], columns)
-
-
 def of_view(name: str, sql: str) -> pa.Table:
     """The record for a view."""
-    return _one(["view", name], {"sql": sql})
+    return _one(["view", name], {"name": name, "sql": sql})
 
 
 def of_commit(commit: Commit) -> pa.Table:
@@ -138,15 +134,18 @@ class Log:
 
     def definitions(self) -> Iterator[str]:
         """SQL that makes the tables and columns, then the views; to be run before `changes`."""
-        for schema, name, told in self._told("table"):
+        tables: dict[tuple[str, str], list[str]] = {}
+        for told in self._told("row", LEDGER, COLUMNS):
+            column = f"{quote(told['column_name'])} {told['data_type']}"
+            tables.setdefault((told["schema_name"], told["table_name"]), []).append(column)
+        for (schema, name), columns in tables.items():
             table = f"{quote(schema)}.{quote(name)}"
-            columns = [f"{quote(column)} {type_}" for column, type_ in told.items()]
             yield f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}"
             yield f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)})"
             yield from (f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column}" for column in columns)
-        for name, _, told in self._told("view"):
-            yield f"DROP VIEW IF EXISTS main.{quote(name)}"
-            yield str(told["sql"])
+        for told in self._told("view"):
+            yield f"DROP VIEW IF EXISTS main.{quote(told['name'])}"
+            yield told["sql"]
 
     def changes(self, next_batch_id: int) -> Iterator[Change]:
         """The rows, table by table; without those that batches before `next_batch_id` have added."""
@@ -174,10 +173,12 @@ class Log:
         parsed = f"SELECT from_json({source}, {_literal(texts)}) AS x, i FROM {where}"
         return self._cur.sql(f"SELECT {casts} FROM ({parsed}) ORDER BY i").to_arrow_table()
 
-    def _told(self, kind: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        told = self._cur.execute(f"SELECT schema, name, v FROM {_LOG} WHERE kind = '{kind}' ORDER BY i")
-        for schema, name, value in told.fetchall():
-            yield schema, name, json.loads(value)
+    def _told(self, *kind: str) -> list[dict[str, str]]:
+        """The values of the records whose keys begin with `kind`."""
+        columns = ("kind", "schema", "name")[: len(kind)]
+        where = " AND ".join(f"{column} = {_literal(of)}" for column, of in zip(columns, kind, strict=True))
+        found = self._cur.execute(f"SELECT v FROM {_LOG} WHERE {where} ORDER BY i").fetchall()
+        return [json.loads(value) for (value,) in found]
 
 
 def _literal(text: str) -> str:

@@ -81,7 +81,7 @@ class Follower:
         stopped: Callable[[], bool] = lambda: False,
         *,
         keep_own: bool = False,
-    ) -> bool:
+    ) -> Commit | None:
         """Apply the changelog up to its end as of now.
 
         Parameters
@@ -95,13 +95,15 @@ class Follower:
 
         Returns
         -------
-        bool
-            Whether the changelog was another file's. One that this file wrote itself holds nothing new.
+        Commit or None
+            What the changelog ends with, if with anything. When this very file has published that, the
+            changelog holds nothing new.
 
         Raises
         ------
         ConfigError
-            `keep_own`, and there are such batches. Nothing was changed.
+            `keep_own`, and there are such batches; or the file is one that was used without standing by, and
+            the changelog another's. Nothing was changed.
         """
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
@@ -110,22 +112,36 @@ class Follower:
             if not self.followed().whole:
                 self._wipe()
                 self._move(low, whole=True)
-            return False
+            return None
         if last.file == self._store.id:
             self._move(stop, whole=True)
-            return False
+            return last
+        self._check_not_alone()
         if keep_own and self._unpublished(last):
-            raise _own_batches(self._store.path, self._ledger)
+            raise _own_batches(
+                self._ledger,
+                "Restore into another file, or run the pipeline with this one: it publishes them, unless "
+                "another instance has computed them again.",
+            )
         followed = self._begun(low, last)
+        self._pending = RECORDS.empty_table()
         start = {self._tp: Position(followed.position)}
         for fetched in batches_between(self._source, start, {self._tp: stop}, _LIMITS):
             self._take(fetched)
             advance(sum(r.stop - r.start for r in fetched.ranges), stop - followed.position)
             if stopped():
-                return True
+                return last
         if not followed.whole:
             self._move(stop, whole=True)
-        return True
+        return last
+
+    def begin(self) -> None:
+        """The changelog is empty, and begins with this file: what it has published before is gone."""
+        low = self._source.offsets([self._tp], "earliest")[self._tp]
+        with transaction(self._store, lambda: False) as cur:
+            self._outbox.withdraw(cur, self._target, self._tp.topic)
+            self._ledger.follow_nothing(cur)
+            self._set(cur, low, whole=True)
 
     def follow(self, stopped: Callable[[], bool]) -> None:
         """Apply what comes, batch by batch, until told to stop. After `catch_up`."""
@@ -156,7 +172,7 @@ class Follower:
         )
         found = row.fetchone()
         if found is None:
-            return Followed(0, self._ledger.next_batch_id() > 0, self._ledger.last_committed_at())
+            return Followed(0, self._ledger.next_batch_id() > 0, None)
         return Followed(found[0], found[1], datetime.fromtimestamp(found[2] / 1000, UTC))
 
     # ---- its parts ----------------------------------------------------------------------------------
@@ -175,7 +191,8 @@ class Follower:
     def _begun(self, low: int, last: Commit) -> Followed:
         """From where to follow: the whole changelog when what the file holds cannot be carried on with."""
         followed = self.followed()
-        stale = followed.at is None or now() - followed.at > self._retention / 2
+        seen = [at for at in (followed.at, self._ledger.last_committed_at()) if at is not None]
+        stale = not seen or now() - max(seen) > self._retention / 2
         if not stale and followed.position >= low and not self._unpublished(last):
             return followed
         self._wipe()
@@ -186,8 +203,11 @@ class Follower:
         """Whether the file has committed batches that nobody else has seen."""
         if not self.followed().whole:
             return False
-        ahead = self._ledger.next_batch_id() > last.batch_id + 1
-        return ahead or self._outbox.undelivered(self._target) > 0
+        return self._ledger.next_batch_id() > last.batch_id + 1 or self._outbox.undelivered(self._target) > 0
+
+    def _check_not_alone(self) -> None:
+        if self.followed().at is None and self._ledger.next_batch_id() > 0:
+            raise _own_batches(self._ledger, "Give an empty file: all that is published is restored into it.")
 
     def _take(self, fetched: Fetched) -> None:
         """Apply whole batches, and keep the rest; while the file is not whole yet, apply everything."""
@@ -203,8 +223,10 @@ class Follower:
             return
         found = last_commit(self._pending)
         if found is not None:
-            if found[1].file != self._store.id and self._outbox.undelivered(self._target):
-                raise _Superseded
+            if found[1].file != self._store.id:
+                self._check_not_alone()
+                if self._outbox.undelivered(self._target):
+                    raise _Superseded
             head, self._pending = self._pending[: found[0] + 1], self._pending[found[0] + 1 :]
             self._apply(
                 head, self._pending["offset"][0].as_py() if len(self._pending) else behind, whole=True
@@ -224,7 +246,7 @@ class Follower:
                 write(cur, change)
             if found is not None:
                 self._outbox.delivered(cur, self._target, found[1].delivered, exact=True)
-            self._set(cur, position, whole)
+            self._set(cur, position, whole=whole)
             self._at_edge("applying")
         self._at_edge("applied")
 
@@ -237,19 +259,19 @@ class Follower:
 
     def _move(self, position: int, *, whole: bool) -> None:
         with transaction(self._store, lambda: False) as cur:
-            self._set(cur, position, whole)
+            self._set(cur, position, whole=whole)
 
-    def _set(self, cur: duckdb.DuckDBPyConnection, position: int, whole: bool) -> None:
+    def _set(self, cur: duckdb.DuckDBPyConnection, position: int, *, whole: bool) -> None:
         cur.execute("DELETE FROM _kframe.followed WHERE pipeline = ?", [self._ledger.pipeline])
         row = [self._ledger.pipeline, position, whole, now()]
         cur.execute("INSERT INTO _kframe.followed VALUES (?, ?, ?, ?)", row)
 
 
-def _own_batches(path: str, ledger: Ledger) -> ConfigError:
+def _own_batches(ledger: Ledger, hint: str) -> ConfigError:
+    last = ledger.next_batch_id() - 1
     return ConfigError(
-        f"{path} holds batches of pipeline {ledger.pipeline!r}, up to {ledger.next_batch_id() - 1}, that its "
+        f"{ledger.store.path} holds batches of pipeline {ledger.pipeline!r}, up to {last}, that its "
         "changelog lacks: they were committed here and never published.",
         kept="Nothing was changed.",
-        hint="Restore into another file, or run the pipeline with this one: it publishes them, unless "
-        "another instance has computed them again.",
+        hint=hint,
     )

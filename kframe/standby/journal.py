@@ -14,9 +14,8 @@ from kframe.commit.store import quote
 from kframe.model import OUTPUT, BatchReport, Change
 from kframe.sinks.table import ensure_table
 from kframe.standby import changelog
-from kframe.standby.changelog import RECORD, Commit
+from kframe.standby.changelog import COLUMNS, LEDGER, RECORD, Commit
 
-LEDGER = "_kframe"
 _POSITION = ("pipeline", "topic", "partition")
 _DEFINED = {
     "topics": ("pipeline", "topic"),
@@ -25,6 +24,12 @@ _DEFINED = {
     "gaps": (*_POSITION, "start", "stop", "reason"),
 }
 """Tables of the ledger that change seldom, and their keys."""
+_COLUMN = ("pipeline", "schema_name", "table_name", "column_name")
+_NEW_COLUMNS = f"""
+INSERT INTO {LEDGER}.{COLUMNS}
+SELECT $1, schema_name, table_name, column_name, data_type FROM duckdb_columns()
+WHERE database_name = current_database() AND schema_name = $2 AND table_name = $3
+AND column_name NOT IN (SELECT unnest($4)) ORDER BY column_index RETURNING *"""
 
 
 class Journal:
@@ -43,9 +48,13 @@ class Journal:
         self._target = target
         self._topic = topic
         self._told: dict[str, object] = {}
+        self._columns_told: dict[tuple[str, str], set[str]] = {}
 
     def open(self, cur: duckdb.DuckDBPyConnection, tables: Iterable[Change]) -> None:
         """A run has taken over: the ledger, and all rows of `tables` when the changelog is a new one."""
+        for column in self._ledger_rows(cur, COLUMNS, _COLUMN).rows.to_pylist():
+            table = self._columns_told.setdefault((column["schema_name"], column["table_name"]), set())
+            table.add(column["column_name"])
         last = self._ledger.next_batch_id(cur) - 1
         changes = [
             self._ledger_rows(cur, "pipelines", ("name",)),
@@ -93,7 +102,7 @@ class Journal:
         records = [RECORD.empty_table()]
         for change in [*changes, *self._definitions(cur)]:
             typed = ensure_table(cur, change)
-            records += [*self._table(cur, typed), changelog.of_change(cur, typed, batch_id)]
+            records += [self._columns(cur, typed), changelog.of_change(cur, typed, batch_id)]
         records += self._views(cur)
         rows = pa.concat_tables(records)
         delivered = self._outbox.end(self._target, cur) + rows.num_rows + 1
@@ -101,15 +110,15 @@ class Journal:
         rows = pa.concat_tables([rows, changelog.of_commit(commit)])
         self._outbox.post(cur, batch_id, self._target, self._topic, rows)
 
-    def _table(self, cur: duckdb.DuckDBPyConnection, change: Change) -> list[pa.Table]:
-        """How the table is stored, when that has not been said."""
-        name = f"{quote(change.schema)}.{quote(change.table)}"
-        columns = cur.execute(
-            "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = ? AND table_name = ? "
-            "ORDER BY column_index",
-            [change.schema, change.table],
-        ).fetchall()
-        return [changelog.of_table(change, dict(columns))] if self._is_news(name, columns) else []
+    def _columns(self, cur: duckdb.DuckDBPyConnection, change: Change) -> pa.Table:
+        """The records for columns of the change's table that no batch has had before."""
+        told = self._columns_told.setdefault((change.schema, change.table), set())
+        if change.schema == LEDGER or (told and told.issuperset(change.rows.column_names)):
+            return RECORD.empty_table()
+        asked = [self._ledger.pipeline, change.schema, change.table, list(told)]
+        new = cur.sql(_NEW_COLUMNS, params=asked).to_arrow_table()
+        told.update(new["column_name"].to_pylist())
+        return changelog.of_change(cur, Change(COLUMNS, new, _COLUMN, schema=LEDGER), 0)
 
     def _views(self, cur: duckdb.DuckDBPyConnection) -> list[pa.Table]:
         views = cur.execute(

@@ -9,6 +9,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
+from kframe.commit.transaction import transaction
 from kframe.deliver.kafka import NAME as KAFKA
 from kframe.deliver.producing import explained, prepare_topics, unless_there
 from kframe.deliver.target import Target
@@ -82,6 +83,32 @@ def follower(
     return Follower(ledger, source, topic, KAFKA, retention, at_edge)
 
 
+def leave(settings: Settings | None, ledger: Ledger, what: str) -> None:
+    """Let a file that has stood by be used alone. Its changelog would lack what is done: it must be gone.
+
+    Raises
+    ------
+    ConfigError
+        It is there.
+    Restoring
+        The file was being restored from it.
+    """
+    topic = changelog_topic(ledger.pipeline)
+    if not ledger.follows() and not Outbox(ledger.store, ledger.pipeline).enrolled(KAFKA, topic):
+        return
+    if settings is None or tombstones_kept(settings, topic) is not None:
+        raise ConfigError(
+            f"{what}: pipeline {ledger.pipeline!r} has stood by with this file, and without standby=True the "
+            "other instances would miss what it does.",
+            kept="Nothing was changed.",
+            hint=f"Give standby=True. To stand by no more, stop all instances and delete topic {topic!r}.",
+        )
+    with transaction(ledger.store, lambda: False) as cur:
+        ledger.check_whole(cur)
+        Outbox(ledger.store, ledger.pipeline).withdraw(cur, KAFKA, topic)
+        ledger.follow_nothing(cur)
+
+
 class Standby:
     """One instance of a pipeline of which several may exist, each with a file of its own.
 
@@ -139,9 +166,15 @@ class Standby:
         held = target.open(0) or 0
         target.commit(held)
         self._at_edge("claimed")
-        others = self._follower().catch_up()
+        reader = self._follower()
+        last = reader.catch_up()
         self._at_edge("caught_up")
-        if others and Outbox(self._ledger.store, self._ledger.pipeline).position(KAFKA)[0] != held:
+        outbox = Outbox(self._ledger.store, self._ledger.pipeline)
+        if last is None:
+            on_its_way = outbox.enrolled(KAFKA, self._topic) and outbox.undelivered(KAFKA)
+            if not on_its_way:
+                reader.begin()
+        elif last is not None and last.file != self._ledger.store.id and outbox.position(KAFKA)[0] != held:
             raise Fenced(
                 f"Another instance of pipeline {self._ledger.pipeline!r} has published meanwhile.",
                 kept="Nothing of this one was published.",

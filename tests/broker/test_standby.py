@@ -49,10 +49,9 @@ def instance(kafka: kf.LocalKafka, path: Path, topic: str, **options: Any) -> kf
         path,
         brokers=kafka.brokers,
         name=topic,
-        standby=True,
         kafka_config=config,
         batch_rows_max=50,
-        **options,
+        **{"standby": True, **options},
     )
     made.topic(topic, schema={"sku": "str", "qty": "int64"}, on_new_field="add")
     made.land(topic, table="rows")
@@ -278,6 +277,28 @@ def test_a_bounded_run_beside_an_active_instance_says_so(
         assert tables(b)["totals"] == tables(a)["totals"]
         a.stop()
         assert b.run(progress=False).rows == 0
+
+
+def test_a_file_that_has_stood_by_is_not_used_alone(kafka: kf.LocalKafka, topic: str, tmp_path: Path) -> None:
+    """Kills: batches that the changelog lacks, so that the next instance is wrong."""
+    write(kafka, topic, range(40))
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:
+        a.run(progress=False)
+    write(kafka, topic, range(40, 60))
+    with instance(kafka, tmp_path / "a.duckdb", topic, standby=False) as alone:
+        for use in (alone.run, alone.rewind, lambda: alone.rebuild("rows")):
+            with pytest.raises(ConfigError, match="standby=True"):
+                use()
+        changelog = f"kframe.{topic}.changelog"
+        admin = AdminClient({"bootstrap.servers": kafka.brokers})
+        admin.delete_topics([changelog])[changelog].result()
+        until(lambda: changelog not in admin.list_topics(timeout=10).topics, lambda: "it is still there")
+        assert alone.run(progress=False).rows == 20
+    with instance(kafka, tmp_path / "a.duckdb", topic) as a:  # stands by again: everything is told anew
+        assert a.run(progress=False).rows == 0
+        with instance(kafka, tmp_path / "b.duckdb", topic) as b:
+            assert b.run(progress=False).rows == 0
+            assert tables(b) == tables(a)
 
 
 def test_a_standby_that_was_there_first_follows(kafka: kf.LocalKafka, topic: str, tmp_path: Path) -> None:

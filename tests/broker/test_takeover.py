@@ -312,8 +312,8 @@ def check_tables(file: Path, records: int, *where: Any) -> None:
     with pipeline(str(file), *where) as shop:
         assert shop.run(progress=False).rows == 0
         landed, sold = shop.read("landed"), shop.read("sold").set_index("sku").sort_index()
-    assert sorted(landed["n"]) == list(range(records))
     assert not landed.duplicated(["_partition", "_offset"]).any()
+    assert sorted(landed["n"]) == list(range(records))
     assert (sold["n"] == by_key.count()).all()
     assert (sold["total"] == by_key.sum()).all()
 
