@@ -60,8 +60,9 @@ EDGES = (
 )
 """The protocol's edges in order; ``at_edge`` is told each."""
 
-Journal = Callable[[duckdb.DuckDBPyConnection, BatchReport, Sequence[Change], pa.Table | None], None]
-"""Told, in the batch's transaction, what it has written, and the dead letters that it has removed."""
+Journal = Callable[[duckdb.DuckDBPyConnection, BatchReport, Sequence[Change], pa.Table | None, bool], None]
+"""Told, in the batch's transaction, what it has written, the dead letters that it has removed, and whether
+definitions may have changed with it."""
 
 
 class Engine:
@@ -200,9 +201,10 @@ class Engine:
                 self._pin_new_fields(cur, partials)
             self._at_edge("rows_written")
             self.ledger.record_batch(cur, report, sum(p.tombstones for p in partials))
-            if self._journal is not None:
-                self._journal(cur, report, changes, exhumed)
             self.ledger.advance(cur, ranges)
+            if self._journal is not None:
+                defined = steps is not self._defined or any(p.new_fields for p in partials)
+                self._journal(cur, report, changes, exhumed, defined)
             self._at_edge("positions_written")
         self._at_edge("committed")
         self._committed(steps, partials, report)

@@ -50,14 +50,21 @@ class Commit:
 def of_change(cur: duckdb.DuckDBPyConnection, change: Change, batch_id: int) -> pa.Table:
     """The records (columns `RECORD`) for a change whose rows have the types of the stored table."""
     parts = [RECORD.empty_table()]
+    row_key = _row_key(change.schema, change.table, change.key)
     if change.deletes is not None and change.deletes.num_rows:
-        parts.append(_encoded(cur, change.deletes, _row_key(change), "NULL"))
+        parts.append(_encoded(cur, change.deletes, row_key, "NULL"))
     if change.rows.num_rows:
         value = _object(change.rows.column_names)
         rows = change.rows.append_column(_N, pa.array(range(change.rows.num_rows), pa.int64()))
-        key = _row_key(change) if change.key else _added_key(change, batch_id)
+        key = row_key if change.key else _added_key(change, batch_id)
         parts.append(_encoded(cur, rows, key, value))
     return pa.concat_tables(parts)
+
+
+def query_of_rows(schema: str, table: str, key: tuple[str, ...], columns: list[str], where: str) -> str:
+    """SQL for the records (columns `RECORD`) for stored rows that meet a condition."""
+    record = f"encode({_row_key(schema, table, key)}) AS key, encode({_object(columns)}) AS value"
+    return f"SELECT {record} FROM {quote(schema)}.{quote(table)} WHERE {where}"
 
 
 def of_view(name: str, sql: str) -> pa.Table:
@@ -70,9 +77,9 @@ def of_commit(commit: Commit) -> pa.Table:
     return _one(["commit"], asdict(commit))
 
 
-def _row_key(change: Change) -> str:
-    prefix = json.dumps(["row", change.schema, change.table])[:-1]
-    return f"{_literal(prefix + ', ')} || {_object(change.key)} || ']'"
+def _row_key(schema: str, table: str, key: tuple[str, ...]) -> str:
+    prefix = json.dumps(["row", schema, table])[:-1]
+    return f"{_literal(prefix + ', ')} || {_object(key)} || ']'"
 
 
 def _added_key(change: Change, batch_id: int) -> str:
@@ -149,8 +156,11 @@ class Log:
 
     def changes(self, next_batch_id: int) -> Iterator[Change]:
         """The rows, table by table; without those that batches before `next_batch_id` have added."""
-        found = f"SELECT DISTINCT schema, name, kind FROM {_LOG} WHERE kind IN ('row', 'added') ORDER BY ALL"
-        for schema, name, kind in self._cur.execute(found).fetchall():
+        found = self._cur.execute(
+            f"SELECT schema, name, kind, any_value(k), bool_or(v IS NULL) FROM {_LOG} "
+            "WHERE kind IN ('row', 'added') GROUP BY ALL ORDER BY ALL"
+        )
+        for schema, name, kind, told, deletes in found.fetchall():
             columns = self._cur.execute(f"DESCRIBE {quote(schema)}.{quote(name)}").fetchall()
             types = {str(column[0]): str(column[1]) for column in columns}
             mine = f"{_LOG} WHERE kind = '{kind}' AND schema = {_literal(schema)} AND name = {_literal(name)}"
@@ -158,14 +168,10 @@ class Log:
                 later = f"{mine} AND CAST(k ->> '$[3]' AS BIGINT) >= {next_batch_id}"
                 yield Change(name, self._typed("v", types, later), schema=schema)
             else:
-                yield self._upsert(schema, name, types, mine)
-
-    def _upsert(self, schema: str, name: str, types: Mapping[str, str], mine: str) -> Change:
-        (told,) = self._cur.execute(f"SELECT json_keys(k, '$[3]') FROM {mine} LIMIT 1").fetchall()[0]
-        key = {column: types[column] for column in told}
-        gone = self._typed("k -> '$[3]'", key, f"{mine} AND v IS NULL")
-        rows = self._typed("v", types, f"{mine} AND v IS NOT NULL")
-        return Change(name, rows, tuple(key), gone, schema)
+                key = {column: types[column] for column in json.loads(told)[3]}
+                gone = self._typed("k -> '$[3]'", key, f"{mine} AND v IS NULL") if deletes else None
+                rows = self._typed("v", types, f"{mine} AND v IS NOT NULL")
+                yield Change(name, rows, tuple(key), gone, schema)
 
     def _typed(self, source: str, types: Mapping[str, str], where: str) -> pa.Table:
         texts = json.dumps(dict.fromkeys(types, "VARCHAR"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import duckdb
@@ -17,19 +18,31 @@ from kframe.standby import changelog
 from kframe.standby.changelog import COLUMNS, LEDGER, RECORD, Commit
 
 _POSITION = ("pipeline", "topic", "partition")
-_DEFINED = {
+_KEYS = {
+    "pipelines": ("name",),
+    "positions": _POSITION,
+    "batches": ("pipeline", "batch_id"),
+    "dead_letters": (*_POSITION, "offset"),
     "topics": ("pipeline", "topic"),
     "tables": ("pipeline", "name"),
     "outlets": ("pipeline", "target", "name"),
     "gaps": (*_POSITION, "start", "stop", "reason"),
 }
-"""Tables of the ledger that change seldom, and their keys."""
+_ALL = {name: f"{'name' if name == 'pipelines' else 'pipeline'} = $1" for name in _KEYS}
+_ALL["tables"] += " AND fingerprint <> 'side'"  # side tables are the user's, on each machine
+_DEFINED = {name: _ALL[name] for name in ("topics", "tables", "outlets", "gaps")}
+_TAKEN_OVER = {name: _ALL[name] for name in ("pipelines", "positions")} | _DEFINED
 _COLUMN = ("pipeline", "schema_name", "table_name", "column_name")
 _NEW_COLUMNS = f"""
-INSERT INTO {LEDGER}.{COLUMNS}
-SELECT $1, schema_name, table_name, column_name, data_type FROM duckdb_columns()
-WHERE database_name = current_database() AND schema_name = $2 AND table_name = $3
-AND column_name NOT IN (SELECT unnest($4)) ORDER BY column_index RETURNING *"""
+INSERT INTO {LEDGER}.{COLUMNS} SELECT $1, schema_name, table_name, column_name, data_type
+FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (database_name, schema_name, table_name)
+WHERE database_name = current_database() AND EXISTS (
+    FROM {LEDGER}.tables AS t WHERE t.pipeline = $1 AND t.fingerprint <> 'side' AND (
+        schema_name = 'main' AND table_name = t.name
+        OR schema_name = '_state' AND (table_name = t.name OR starts_with(table_name, t.name || ':'))))
+AND (schema_name, table_name, column_name) NOT IN (
+    SELECT (schema_name, table_name, column_name) FROM {LEDGER}.{COLUMNS} WHERE pipeline = $1)
+ORDER BY schema_name, table_name, column_index RETURNING *"""
 
 
 class Journal:
@@ -47,24 +60,25 @@ class Journal:
         self._outbox = Outbox(ledger.store, ledger.pipeline)
         self._target = target
         self._topic = topic
-        self._told: dict[str, object] = {}
-        self._columns_told: dict[tuple[str, str], set[str]] = {}
+        self._ledger_columns: dict[str, list[str]] = {}
+        self._columns_told: dict[tuple[str, str], set[str]] = defaultdict(set)
 
     def open(self, cur: duckdb.DuckDBPyConnection, tables: Iterable[Change]) -> None:
         """A run has taken over: the ledger, and all rows of `tables` when the changelog is a new one."""
-        for column in self._ledger_rows(cur, COLUMNS, _COLUMN).rows.to_pylist():
-            table = self._columns_told.setdefault((column["schema_name"], column["table_name"]), set())
-            table.add(column["column_name"])
+        known = f"SELECT schema_name, table_name, column_name FROM {LEDGER}.{COLUMNS} WHERE pipeline = ?"
+        for schema, name, column in cur.execute(known, [self._ledger.pipeline]).fetchall():
+            self._columns_told[schema, name].add(column)
         last = self._ledger.next_batch_id(cur) - 1
-        changes = [
-            self._ledger_rows(cur, "pipelines", ("name",)),
-            self._ledger_rows(cur, "positions", _POSITION),
-        ]
         if self._outbox.enrol(cur, self._target, self._topic):
-            changes += [self._ledger_rows(cur, "batches", ("pipeline", "batch_id"))]
-            changes += [self._ledger_rows(cur, "dead_letters", (*_POSITION, "offset"))]
-            changes += [c for c in (_whole(cur, table) for table in tables) if c is not None]
-        self._post(cur, changes, last)
+            whole = [c for c in (_whole(cur, table) for table in tables) if c is not None]
+            records = [
+                *self._changed(cur, whole, last, defined=True),
+                *self._views(cur),
+                self._ledger_records(cur, _ALL),
+            ]
+            self._post(cur, records, last)
+        else:
+            self._post(cur, [self._ledger_records(cur, _TAKEN_OVER)], last)
 
     def batch(
         self,
@@ -72,6 +86,7 @@ class Journal:
         report: BatchReport,
         changes: Sequence[Change],
         exhumed: pa.Table | None,
+        defined: bool,
     ) -> None:
         """A batch has been written: its rows, its part of the ledger, and where it ends.
 
@@ -81,43 +96,44 @@ class Journal:
             As they were written.
         exhumed : Table or None
             Dead letters that were removed.
+        defined : bool
+            Whether definitions may have changed with it.
         """
-        mine = f"AND batch_id = {report.batch_id}"
-        dead = self._ledger_rows(cur, "dead_letters", (*_POSITION, "offset"), mine)
-        gone = None
+        own = [change for change in changes if change.schema != OUTPUT]
+        records = self._changed(cur, own, report.batch_id, defined=defined)
         if exhumed is not None:
-            keys = exhumed.select(["topic", "partition", "offset"])
-            gone = keys.add_column(0, "pipeline", pa.array([self._ledger.pipeline] * len(keys), pa.string()))
-        ledger = [
-            self._ledger_rows(cur, "pipelines", ("name",)),
-            self._ledger_rows(cur, "batches", ("pipeline", "batch_id"), mine),
-            replace(dead, deletes=gone),
-            self._positions(report),
-        ]
-        self._post(cur, [*(c for c in changes if c.schema != OUTPUT), *ledger], report.batch_id)
+            records.append(self._exhumed(cur, exhumed))
+        records.append(self._ledger_records(cur, _of_batch(report.batch_id) | (_DEFINED if defined else {})))
+        if defined:
+            records += self._views(cur)
+        self._post(cur, records, report.batch_id)
 
     # ---- its parts ----------------------------------------------------------------------------------
 
-    def _post(self, cur: duckdb.DuckDBPyConnection, changes: Iterable[Change], batch_id: int) -> None:
-        records = [RECORD.empty_table()]
-        for change in [*changes, *self._definitions(cur)]:
-            typed = ensure_table(cur, change)
-            records += [self._columns(cur, typed), changelog.of_change(cur, typed, batch_id)]
-        records += self._views(cur)
-        rows = pa.concat_tables(records)
-        delivered = self._outbox.end(self._target, cur) + rows.num_rows + 1
+    def _post(self, cur: duckdb.DuckDBPyConnection, records: Sequence[pa.Table], batch_id: int) -> None:
+        first = self._outbox.end(self._target, cur)
+        delivered = first + sum(part.num_rows for part in records) + 1
         commit = Commit(batch_id, self._ledger.epoch, delivered, self._ledger.store.id)
-        rows = pa.concat_tables([rows, changelog.of_commit(commit)])
+        rows = pa.concat_tables([*records, changelog.of_commit(commit)])
         self._outbox.post(cur, batch_id, self._target, self._topic, rows)
 
-    def _columns(self, cur: duckdb.DuckDBPyConnection, change: Change) -> pa.Table:
-        """The records for columns of the change's table that no batch has had before."""
-        told = self._columns_told.setdefault((change.schema, change.table), set())
-        if change.schema == LEDGER or (told and told.issuperset(change.rows.column_names)):
-            return RECORD.empty_table()
-        asked = [self._ledger.pipeline, change.schema, change.table, list(told)]
-        new = cur.sql(_NEW_COLUMNS, params=asked).to_arrow_table()
-        told.update(new["column_name"].to_pylist())
+    def _changed(
+        self, cur: duckdb.DuckDBPyConnection, changes: Iterable[Change], batch_id: int, *, defined: bool
+    ) -> list[pa.Table]:
+        """The records for the rows of the pipeline's own tables, and before them for columns that are new."""
+        typed = [ensure_table(cur, change) for change in changes]
+        records = [changelog.of_change(cur, change, batch_id) for change in typed]
+        if defined or not all(self._knows(change) for change in typed):
+            records.insert(0, self._new_columns(cur))
+        return records
+
+    def _knows(self, change: Change) -> bool:
+        return self._columns_told[change.schema, change.table].issuperset(change.rows.column_names)
+
+    def _new_columns(self, cur: duckdb.DuckDBPyConnection) -> pa.Table:
+        new = cur.sql(_NEW_COLUMNS, params=[self._ledger.pipeline]).to_arrow_table()
+        for _, schema, table, column, _ in zip(*new.to_pydict().values(), strict=True):
+            self._columns_told[schema, table].add(column)
         return changelog.of_change(cur, Change(COLUMNS, new, _COLUMN, schema=LEDGER), 0)
 
     def _views(self, cur: duckdb.DuckDBPyConnection) -> list[pa.Table]:
@@ -126,41 +142,43 @@ class Journal:
             "WHERE schema_name = 'main' AND t.pipeline = ?",
             [self._ledger.pipeline],
         ).fetchall()
-        return [changelog.of_view(name, sql) for name, sql in views if self._is_news(f"view {name}", sql)]
+        return [changelog.of_view(name, sql) for name, sql in views]
 
-    def _definitions(self, cur: duckdb.DuckDBPyConnection) -> list[Change]:
-        found = [self._ledger_rows(cur, name, key) for name, key in _DEFINED.items()]
-        return [c for c in found if self._is_news(f"ledger {c.table}", c.rows)]
-
-    def _is_news(self, what: str, told: object) -> bool:
-        """Whether it has not been said in this run, or was another. A run that fails says all of it again."""
-        news = self._told.get(what) != told
-        self._told[what] = told
-        return news
-
-    def _ledger_rows(
-        self, cur: duckdb.DuckDBPyConnection, name: str, key: tuple[str, ...], more: str = ""
-    ) -> Change:
-        """The pipeline's rows in a table of the ledger. Side tables are the user's, on each machine."""
-        of = "name" if name == "pipelines" else "pipeline"
-        own = "AND fingerprint <> 'side'" if name == "tables" else more
-        query = f"SELECT * FROM _kframe.{name} WHERE {of} = $1 {own}"
-        rows = cur.sql(query, params=[self._ledger.pipeline]).to_arrow_table()
-        return Change(name, rows, key, schema=LEDGER)
-
-    def _positions(self, report: BatchReport) -> Change:
-        rows = [
-            {
-                "pipeline": self._ledger.pipeline,
-                "topic": r.topic,
-                "partition": r.partition,
-                "position": r.stop,
-                "leader_epoch": r.leader_epoch,
-                "epoch": self._ledger.epoch,
-            }
-            for r in report.ranges
+    def _ledger_records(self, cur: duckdb.DuckDBPyConnection, rows: Mapping[str, str]) -> pa.Table:
+        """The records for rows of the ledger: of which tables, and which of each."""
+        if not self._ledger_columns:
+            found = cur.execute(
+                "SELECT table_name, list(column_name) FROM duckdb_columns() "
+                "WHERE database_name = current_database() AND schema_name = ? GROUP BY ALL",
+                [LEDGER],
+            )
+            self._ledger_columns = dict(found.fetchall())
+        queries = [
+            changelog.query_of_rows(LEDGER, name, _KEYS[name], self._ledger_columns[name], where)
+            for name, where in rows.items()
         ]
-        return Change("positions", pa.Table.from_pylist(rows), _POSITION, schema=LEDGER)
+        query = " UNION ALL ".join(queries)
+        return cur.sql(query, params=[self._ledger.pipeline]).to_arrow_table().cast(RECORD)
+
+    def _exhumed(self, cur: duckdb.DuckDBPyConnection, dead: pa.Table) -> pa.Table:
+        """The tombstones for dead letters."""
+        keys = dead.select(["topic", "partition", "offset"])
+        gone = keys.add_column(0, "pipeline", pa.array([self._ledger.pipeline] * len(keys), pa.string()))
+        change = Change("dead_letters", gone[:0], _KEYS["dead_letters"], gone, LEDGER)
+        return changelog.of_change(cur, change, 0)
+
+
+def _of_batch(batch_id: int) -> dict[str, str]:
+    """Which rows of the ledger a batch has written."""
+    mine = f"pipeline = $1 AND batch_id = {batch_id}"
+    ranges = f"SELECT unnest(ranges) AS r FROM {LEDGER}.batches WHERE {mine}"
+    read = f"SELECT (r.topic, r.partition) FROM ({ranges})"
+    return {
+        "pipelines": _ALL["pipelines"],
+        "batches": mine,
+        "dead_letters": mine,
+        "positions": f"pipeline = $1 AND (topic, partition) IN ({read})",
+    }
 
 
 def _whole(cur: duckdb.DuckDBPyConnection, table: Change) -> Change | None:

@@ -50,6 +50,7 @@ class Brokers:
     def __init__(self) -> None:
         self.log = MemorySource()
         self.log.create("orders", 2)
+        self.log.create("returns")
         self.log.create(TOPIC)
         self.position: int | None = None
         self.owner: object = None
@@ -136,6 +137,8 @@ class Member:
         shop.topic("orders", schema=SCHEMA, include=["partition", "offset"])
         shop.land("orders", table="landed")
         shop.aggregate("sold", source="orders", by="sku", n=("n", "count"), total=("n", "sum"))
+        shop.topic("returns", schema=SCHEMA)  # of which there are none yet
+        shop.aggregate("returned", source="returns", by="sku", n=("n", "count"))
         self.standby = OfLog(shop, brokers, self._at_edge)
         self.engine: Engine | None = None
         self.target = Topics(brokers)
@@ -199,7 +202,7 @@ class Member:
         except Restoring:
             return
         logs = self._brokers.log._logs["orders"]
-        ends = {tp.partition: position for tp, position in positions.items()}
+        ends = {tp.partition: position for tp, position in positions.items() if tp.topic == "orders"}
         records = [r for p, log in enumerate(logs) for r in log.records if r["offset"] < ends.get(p, 0)]
         if not records:
             return
