@@ -44,7 +44,7 @@ from kframe.source.protocol import Source
 from kframe.timings import Timings
 from kframe.transform.lookup import table_rows, table_schema
 from kframe.transform.output import shown
-from kframe.transform.step import Step
+from kframe.transform.step import Step, defined
 from kframe.worker import AtEdge, Worker, complete, run_step, touched
 
 EDGES = (
@@ -179,6 +179,8 @@ class Engine:
         *,
         replaces_dead_letters: bool = False,
     ) -> BatchReport:
+        if steps is not self._defined:
+            self.ledger.changed(self.store.cursor(), defined(steps))  # before a step meets what is stored
         timings = _merged_timings(partials)
         with timings.stage("steps"):
             changes = self._changes(steps, partials, ranges)
@@ -203,8 +205,8 @@ class Engine:
             self.ledger.record_batch(cur, report, sum(p.tombstones for p in partials))
             self.ledger.advance(cur, ranges)
             if self._journal is not None:
-                defined = steps is not self._defined or any(p.new_fields for p in partials)
-                self._journal(cur, report, changes, exhumed, defined)
+                news = steps is not self._defined or any(p.new_fields for p in partials)
+                self._journal(cur, report, changes, exhumed, news)
             self._at_edge("positions_written")
         self._at_edge("committed")
         self._committed(steps, partials, report)
@@ -258,7 +260,7 @@ class Engine:
     def _define(self, cur: duckdb.DuckDBPyConnection, steps: Sequence[Step]) -> None:
         """Store new definitions, and make the tables and views that they need."""
         if steps is not self._defined:
-            self.ledger.define(cur, {s.name: s.fingerprint() for s in steps})
+            self.ledger.define(cur, defined(steps))
             prepare(cur, steps, self._schemas(cur, steps))
 
     def _schemas(self, cur: duckdb.DuckDBPyConnection, steps: Sequence[Step]) -> dict[str, pa.Schema]:

@@ -135,6 +135,17 @@ class Change:
         return "upsert" if self.key else "append"
 
 
+class Defined(NamedTuple):
+    """A table's definition, as the ledger keeps it.
+
+    ``fingerprint`` changes when anything of it does; ``form`` says how its rows or groups are kept, and
+    changes when those of before cannot be gone on with.
+    """
+
+    fingerprint: str
+    form: str
+
+
 OUTPUT = "_output"
 """The schema of a `Change` that is no table's: its rows only leave, through an `Outlet`."""
 

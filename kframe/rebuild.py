@@ -20,7 +20,7 @@ from kframe.executors.local import LocalExecutor
 from kframe.model import Limits, OffsetRange, Position, TopicPartition
 from kframe.sinks.table import drop, prepare
 from kframe.source.protocol import Source
-from kframe.transform.step import Step
+from kframe.transform.step import Step, defined
 
 
 def rebuild(
@@ -186,4 +186,4 @@ def _swap(store: Store, ledger: Ledger, shadow: Store, step: Step, schemas: dict
             with registered(cur, "_kframe_rows", rows) as data:
                 cur.execute(f"CREATE TABLE {quote(schema)}.{quote(table)} AS SELECT * FROM {data}")
         prepare(cur, [step], schemas)
-        ledger.define(cur, {step.name: step.fingerprint()})
+        ledger.define(cur, defined([step]))

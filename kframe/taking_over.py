@@ -24,6 +24,7 @@ from kframe.source.bounded import read_bounded
 from kframe.source.protocol import Source, TopicInfo
 from kframe.standby.standing import Standby
 from kframe.transform.output import stored
+from kframe.transform.step import defined
 from kframe.worker import AtEdge
 
 _INFER_ROWS = 1000
@@ -74,8 +75,7 @@ class TakingOver:
         journal = self._standby.journal() if self._standby else None
         with transaction(self._store, lambda: False) as cur:
             self._ledger.claim(cur, _owner(), cluster_id)
-            fingerprints = {s.name: s.fingerprint() for s in self._definition.steps}
-            self._tell_changes(self._ledger.changed(cur, fingerprints))
+            self._tell_changes(self._ledger.changed(cur, defined(self._definition.steps)))
             for topic in topics:
                 self._ledger.pin_topic(cur, topic, infos[topic].topic_id, schemas[topic].to_dict())
             self._ledger.add_positions(cur, missing)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kframe.commit.store import Store, registered
 from kframe.errors import ConfigError, DefinitionError, Fenced, Restoring
-from kframe.model import BatchReport, OffsetRange, Position, TopicPartition
+from kframe.model import BatchReport, Defined, OffsetRange, Position, TopicPartition
 
 Cursor = duckdb.DuckDBPyConnection
 
@@ -68,30 +68,49 @@ class Ledger:
             )
         cur.execute("UPDATE _kframe.positions SET epoch = ? WHERE pipeline = ?", [self.epoch, self.pipeline])
 
-    def changed(self, cur: Cursor, fingerprints: Mapping[str, str]) -> list[str]:
+    def changed(self, cur: Cursor, definitions: Mapping[str, Defined]) -> list[str]:
         """Names of tables whose rows were committed under another definition.
+
+        Raises
+        ------
+        DefinitionError
+            Another pipeline of this file writes a table of that name, or its rows are kept in another form.
+        """
+        self._check_owner(cur, definitions)
+        stored = self._read("SELECT name, fingerprint, form FROM _kframe.tables WHERE pipeline = ?", cur=cur)
+        for name, _, form in stored:
+            if name in definitions and definitions[name].form != form:
+                raise DefinitionError(
+                    f"Table {name!r} is stored as {form}; its definition of now keeps "
+                    f"{definitions[name].form}. The one cannot be gone on with as the other.",
+                    kept="Nothing was changed.",
+                    hint=f"pipeline.rebuild({name!r}) computes it anew. Or give it another name.",
+                )
+        now = {name: definition.fingerprint for name, definition in definitions.items()}
+        return [name for name, old, _ in stored if now.get(name, old) != old]
+
+    def define(self, cur: Cursor, definitions: Mapping[str, Defined]) -> None:
+        """Store the definitions that this transaction's rows are made by.
 
         Raises
         ------
         DefinitionError
             Another pipeline of this file writes a table of that name.
         """
-        rows = cur.execute("SELECT pipeline, name, fingerprint FROM _kframe.tables").fetchall()
-        for owner, name, _ in rows:
-            if name in fingerprints and owner != self.pipeline:
+        self._check_owner(cur, definitions)
+        for name, defined in definitions.items():
+            cur.execute("DELETE FROM _kframe.tables WHERE pipeline = ? AND name = ?", [self.pipeline, name])
+            cur.execute("INSERT INTO _kframe.tables VALUES (?, ?, ?, ?)", [self.pipeline, name, *defined])
+
+    def _check_owner(self, cur: Cursor, definitions: Mapping[str, Defined]) -> None:
+        others = self._read("SELECT name, pipeline FROM _kframe.tables WHERE pipeline <> ?", cur=cur)
+        for name, owner in others:
+            if name in definitions:
                 raise DefinitionError(
                     f"Table {name!r} is written by pipeline {owner!r} in this file.",
                     kept="Nothing was changed.",
                     hint="Give one of the two another name.",
                 )
-        return [name for _, name, old in rows if fingerprints.get(name, old) != old]
-
-    def define(self, cur: Cursor, fingerprints: Mapping[str, str]) -> None:
-        """Store the definitions that this transaction's rows are made by. Raises as `changed` does."""
-        self.changed(cur, fingerprints)
-        for name, fingerprint in fingerprints.items():
-            cur.execute("DELETE FROM _kframe.tables WHERE pipeline = ? AND name = ?", [self.pipeline, name])
-            cur.execute("INSERT INTO _kframe.tables VALUES (?, ?, ?)", [self.pipeline, name, fingerprint])
 
     # ---- topics and positions -----------------------------------------------------------------------
 

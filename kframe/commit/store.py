@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS _kframe.pipelines (
 CREATE TABLE IF NOT EXISTS _kframe.topics (
     pipeline VARCHAR NOT NULL, topic VARCHAR NOT NULL, topic_id VARCHAR, "schema" VARCHAR);
 CREATE TABLE IF NOT EXISTS _kframe.tables (
-    pipeline VARCHAR NOT NULL, name VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL);
+    pipeline VARCHAR NOT NULL, name VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, form VARCHAR NOT NULL);
 CREATE TABLE IF NOT EXISTS _kframe.columns (
     pipeline VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL,
     column_name VARCHAR NOT NULL, data_type VARCHAR NOT NULL);

@@ -14,6 +14,7 @@ from kframe.commit.store import Store, quote, registered
 from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.definition import Definition, Topic, as_columns, check_name
 from kframe.errors import ConfigError, DefinitionError, interruptible
+from kframe.model import Defined
 from kframe.run import Run
 from kframe.schema import Schema
 from kframe.transform.aggregate import Aggregate
@@ -184,7 +185,7 @@ class Declaring:
                 transaction(self._store, lambda: False) as cur,
                 registered(cur, "_kframe_side", rows) as data,
             ):
-                self._ledger.define(cur, {name: "side"})
+                self._ledger.define(cur, {name: Defined("side", "rows")})
                 cur.execute(f"CREATE OR REPLACE TABLE main.{quote(name)} AS SELECT * FROM {data}")
             stored.set()
             if name not in self._definition.side_tables:

@@ -104,6 +104,10 @@ class Aggregate:
         """The definition as stable text."""
         return self.plan.fingerprint()
 
+    def form(self) -> str:
+        """See `Incremental.form`."""
+        return self.plan.form()
+
     def ddl(self, schemas: Mapping[str, pa.Schema] | None = None) -> list[str]:
         """See `Incremental.ddl`."""
         return self.plan.ddl(schemas)

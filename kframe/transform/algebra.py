@@ -130,6 +130,13 @@ class Incremental:
         """The definition as stable text."""
         return repr((1, self.source, self.keys, self.arguments, self.measures, self.outputs, self.having))
 
+    def form(self) -> str:
+        """What the groups are by, and what each column of the state is made of."""
+        of = dict(self.arguments)
+        kept = [f"{m.function}({', '.join(of[x] for x in (m.label, m.by) if x)})" for m in self.measures]
+        kept = sorted(kept) if self.pandas else kept  # in SQL an argument's place is its label
+        return f"groups by {', '.join(sql for _, sql in self.keys) or 'nothing'} of {', '.join(kept)}"
+
     # --- binding: expressions meet types -------------------------------------------------------------
 
     def _rows(self) -> str:

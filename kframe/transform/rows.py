@@ -42,6 +42,10 @@ class Land:
         """Changes when the definition does."""
         return f"land:{self.topic}"
 
+    def form(self) -> str:
+        """Rows are added."""
+        return "rows"
+
     def partial(self, con: Any, frames: Mapping[str, pa.Table], tables: Mapping[str, pa.Table]) -> pa.Table:
         """The batch's rows themselves."""
         return visible(frames[self.topic], self.include)
@@ -79,6 +83,10 @@ class RowStep:
         """Changes when the function's source, its inputs or its key do."""
         told = f"{_source_of(self.function)}|{self.arguments}|{self.key}|{dict(self.lookup)}"
         return hashlib.sha256(told.encode()).hexdigest()
+
+    def form(self) -> str:
+        """Rows are added, or replaced by key."""
+        return f"rows by {', '.join(self.key)}" if self.key else "rows"
 
     def frames(
         self, frames: Mapping[str, pa.Table], tables: Mapping[str, pa.Table]

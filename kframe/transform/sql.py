@@ -68,6 +68,10 @@ class SqlRows:
         """The definition as stable text."""
         return repr((1, self.query))
 
+    def form(self) -> str:
+        """Rows are added."""
+        return "rows"
+
     def ddl(self, schemas: Mapping[str, pa.Schema] | None = None) -> list[str]:
         """Nothing: the writer makes the table."""
         return []

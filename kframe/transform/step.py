@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import duckdb
 import pyarrow as pa
 
-from kframe.model import Change
+from kframe.model import Change, Defined
 
 
 class Step(Protocol):
@@ -32,6 +32,9 @@ class Step(Protocol):
     def fingerprint(self) -> str:
         """A text that changes when the definition does."""
 
+    def form(self) -> str:
+        """How its rows or groups are kept: with another one, what is stored cannot be gone on with."""
+
     def partial(
         self,
         con: duckdb.DuckDBPyConnection,
@@ -45,3 +48,8 @@ class Step(Protocol):
 
     def merge(self, cur: duckdb.DuckDBPyConnection, partial: pa.Table) -> list[Change]:
         """The rows that change in the store, given what a partial says and what the store holds."""
+
+
+def defined(steps: Iterable[Step]) -> dict[str, Defined]:
+    """The definitions of steps by name, as the ledger keeps them."""
+    return {step.name: Defined(step.fingerprint(), step.form()) for step in steps}

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -217,15 +218,84 @@ def test_too_many_dead_letters_stop_the_run(tmp_path: Path) -> None:
 
 def test_a_changed_definition_is_said_aloud(tmp_path: Path) -> None:
     with shop(tmp_path) as made:
-        made.aggregate("sums", source="orders", by="sku", n=("qty", "sum"))
+        made.sql_table("some", "SELECT sku, qty FROM orders WHERE qty > 1")
         made.run()
-        made.aggregate("sums", source="orders", by="sku", n=("qty", "max"))
-        with pytest.warns(UserWarning, match="definition of sums has changed"):
+        made.sql_table("some", "SELECT sku, qty FROM orders WHERE qty > 2")
+        with pytest.warns(UserWarning, match="definition of some has changed"):
             made.run()
     with shop(tmp_path, on_definition_change="stop") as made:
-        made.aggregate("sums", source="orders", by="sku", n=("qty", "min"))
-        with pytest.raises(DefinitionError, match="sums has changed"):
+        made.sql_table("some", "SELECT sku, qty FROM orders WHERE qty > 3")
+        with pytest.raises(DefinitionError, match="some has changed"):
             made.run()
+
+
+def keyed(key: str) -> Callable[[kf.Pipeline], object]:
+    return lambda made: made.table("t", key=key)(lambda orders: orders.drop_duplicates(key, keep="last"))
+
+
+def grouped(query: str) -> Callable[[kf.Pipeline], object]:
+    return lambda made: made.sql_table("t", f"SELECT {query} FROM orders GROUP BY 1")
+
+
+def summed(by: str, **measures: tuple[str, str]) -> Callable[[kf.Pipeline], object]:
+    return lambda made: made.aggregate("t", source="orders", by=by, **measures)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (keyed("sku"), keyed("qty")),
+        (keyed("sku"), summed("sku", n=("qty", "sum"))),
+        (summed("sku", n=("qty", "sum")), summed("qty", n=("qty", "sum"))),
+        (summed("sku", n=("qty", "sum")), summed("sku", n=("qty", "sum"), most=("qty", "max"))),
+        (summed("sku", n=("qty", "sum")), keyed("sku")),
+        (grouped("sku, sum(qty), sum(-qty)"), grouped("sku, sum(-qty), sum(qty)")),
+        (grouped("qty % 2, count(*)"), grouped("qty % 3, count(*)")),
+    ],
+)
+def test_what_is_kept_in_another_form_is_not_gone_on_with(
+    before: Callable[[kf.Pipeline], object], after: Callable[[kf.Pipeline], object], tmp_path: Path
+) -> None:
+    """Kills: sums of two columns added up, a key twice in its table, an error of DuckDB's about our state."""
+    log = orders(10)
+    with shop(tmp_path, log) as made:
+        before(made)
+        made.run()
+        then = made.read("t")
+    log.append("orders", {"sku": "s0", "qty": 99})
+    with shop(tmp_path, log) as made:
+        after(made)
+        with pytest.raises(DefinitionError, match="stored as") as raised:
+            made.run()
+        assert "rebuild('t')" in str(raised.value)
+        pd.testing.assert_frame_equal(made.read("t"), then)
+        assert made.rebuild("t", progress=False) == 10
+        assert made.run().rows == 1
+        got = made.sql("FROM t ORDER BY ALL").fetchall()
+    (tmp_path / "anew").mkdir()
+    with shop(tmp_path / "anew", log) as made:
+        after(made)
+        made.run()
+        assert made.sql("FROM t ORDER BY ALL").fetchall() == got
+
+
+def test_a_form_is_not_changed_while_it_runs(tmp_path: Path) -> None:
+    log = orders(10)
+    with shop(tmp_path, log, commit_interval_ms=20) as made:
+        summed("sku", n=("qty", "sum"))(made)
+        made.start()
+        while made.status().rows < 10:
+            made.lag()
+        summed("sku", n=("qty", "max"))(made)
+        log.append("orders", {"sku": "s0", "qty": 99})  # the batch that waits for it is still the old one's
+        while made.status().rows < 11 and made.status().state == "running":
+            made.lag()
+        log.append("orders", {"sku": "s0", "qty": 100})
+        with pytest.raises(DefinitionError, match="stored as"):
+            made.wait(30)
+        summed("sku", n=("qty", "sum"))(made)
+        made.run()
+        assert made.read("t")["n"].sum() == sum(range(10)) + 199
 
 
 def test_two_pipelines_share_a_file_but_no_table(tmp_path: Path) -> None:
