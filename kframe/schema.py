@@ -166,6 +166,8 @@ def duckdb_type(arrow: pa.DataType) -> str:
     if pa.types.is_struct(arrow):
         members = ", ".join(f"{_quote(f.name)} {duckdb_type(f.type)}" for f in arrow)
         return f"STRUCT({members})"
+    if pa.types.is_map(arrow):
+        return f"MAP({duckdb_type(arrow.key_type)}, {duckdb_type(arrow.item_type)})"
     if pa.types.is_dictionary(arrow):
         return duckdb_type(arrow.value_type)
     raise SchemaError(f"A column of Arrow type {arrow} cannot be stored.", hint="Convert it to another type.")

@@ -127,8 +127,7 @@ def ensure_table(cur: duckdb.DuckDBPyConnection, change: Change) -> Change:
     names = {field.name.casefold(): field for field in stored}
     for field in rows.schema:
         if field.name.casefold() not in names:
-            added = f"{_quote(field.name)} {duckdb_type(field.type)}"
-            cur.execute(f"ALTER TABLE {_target(change)} ADD COLUMN {added}")
+            cur.execute(f"ALTER TABLE {_target(change)} ADD COLUMN {_column(change, field)}")
     columns = [_cast(change, rows.column(f.name), f, names.get(f.name.casefold())) for f in rows.schema]
     return replace(change, rows=pa.table(columns, names=rows.column_names) if columns else rows)
 
@@ -171,9 +170,17 @@ def _stored(cur: duckdb.DuckDBPyConnection, change: Change) -> pa.Schema | None:
 def _create(cur: duckdb.DuckDBPyConnection, change: Change, schema: pa.Schema) -> None:
     if not len(schema):
         return
-    columns = ", ".join(f"{_quote(field.name)} {duckdb_type(field.type)}" for field in schema)
+    columns = ", ".join(_column(change, field) for field in schema)
     cur.execute(f"CREATE SCHEMA IF NOT EXISTS {_quote(change.schema)}")
     cur.execute(f"CREATE TABLE {_target(change)} ({columns})")
+
+
+def _column(change: Change, field: pa.Field) -> str:
+    try:
+        return f"{_quote(field.name)} {duckdb_type(field.type)}"
+    except SchemaError as error:
+        what = f"table {change.table!r}, column {field.name!r}: {error.what}"
+        raise SchemaError(what, kept=_KEPT, hint=error.hint) from None
 
 
 def _cast(

@@ -207,6 +207,27 @@ def test_dead_letters_are_kept_and_can_be_retried(tmp_path: Path) -> None:
         assert set(made.status().positions.values()) == {4}
 
 
+def test_a_query_may_give_any_of_duckdbs_types(tmp_path: Path) -> None:
+    given = (
+        "MAP {'k': qty} AS m, {'a': [1.5, NULL]} AS s, TIME '12:00:01.5' AS t, "
+        "'\\xAA\\x00'::BLOB AS b, 18446744073709551615::UBIGINT AS u, "
+        "TIMESTAMP_NS '2024-01-01 00:00:00.123456789' AS n"
+    )
+    with shop(tmp_path, orders(2)) as made:
+        made.sql_table("odd", f"SELECT qty, {given} FROM orders")
+        made.run()
+        made.run()  # into the table as it is stored
+        expected = made.sql(f"SELECT qty, {given} FROM odd ORDER BY qty").fetchall()
+        assert made.sql("FROM odd ORDER BY qty").fetchall() == expected
+
+
+def test_a_type_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    with shop(tmp_path) as made:
+        made.sql_table("odd", "SELECT union_value(n := qty) AS tagged FROM orders")
+        with pytest.raises(SchemaError, match=r"table 'odd', column 'tagged': .* cannot be stored"):
+            made.run()
+
+
 def test_too_many_dead_letters_stop_the_run(tmp_path: Path) -> None:
     log = MemorySource({"orders": [{"sku": 1} for _ in range(50)]})
     with shop(tmp_path, log) as made:
