@@ -17,7 +17,8 @@ from kframe.commit.transaction import interrupts_deferred, transaction
 from kframe.engine import Engine
 from kframe.errors import DefinitionError, LostRange, interruptible
 from kframe.executors.local import LocalExecutor
-from kframe.model import Limits, OffsetRange, Position, TopicPartition
+from kframe.model import Limits, OffsetRange, Outlet, Position, TopicPartition
+from kframe.sinks.outbox import resent
 from kframe.sinks.table import drop, prepare
 from kframe.source.protocol import Source
 from kframe.transform.step import Step, defined
@@ -31,6 +32,7 @@ def rebuild(
     decoders: dict[str, Decoder],
     limits: Limits,
     written: Sequence[str],
+    outlets: Sequence[Outlet],
     progress: bool,
 ) -> int:
     """Run `step` alone over everything up to the ledger's positions, then put its table in place.
@@ -39,6 +41,8 @@ def rebuild(
     ----------
     written : sequence of str
         Tables that the pipeline's other steps write; their past rows are not known any more.
+    outlets : sequence of Outlet
+        Through which the pipeline's tables leave.
     progress : bool
         Show a bar over the records.
 
@@ -57,7 +61,7 @@ def rebuild(
     _check_inputs(step, written)
     swapped = threading.Event()
     with interruptible(lambda: _outcome(step.name, swapped.is_set())):
-        return _rebuilt(store, ledger, source, step, decoders, limits, progress, swapped)
+        return _rebuilt(store, ledger, source, step, decoders, limits, outlets, progress, swapped)
 
 
 def _rebuilt(
@@ -67,6 +71,7 @@ def _rebuilt(
     step: Step,
     decoders: dict[str, Decoder],
     limits: Limits,
+    outlets: Sequence[Outlet],
     progress: bool,
     swapped: threading.Event,
 ) -> int:
@@ -87,7 +92,8 @@ def _rebuilt(
             finally:
                 engine.close()
             with interrupts_deferred():
-                _swap(store, ledger, shadow, step, {t: d.empty().schema for t, d in decoders.items()})
+                schemas = {topic: decoder.empty().schema for topic, decoder in decoders.items()}
+                _swap(store, ledger, shadow, step, schemas, outlets)
                 swapped.set()
             return engine.rows
         finally:
@@ -172,14 +178,24 @@ def _put(store: Store, schema: str, table: str, rows: pa.Table) -> None:
         cur.execute(f"CREATE TABLE {quote(schema)}.{quote(table)} AS SELECT * FROM {data}")
 
 
-def _swap(store: Store, ledger: Ledger, shadow: Store, step: Step, schemas: dict[str, pa.Schema]) -> None:
-    """In one transaction: drop the old table and state, and write the new ones under the new definition."""
+def _swap(
+    store: Store,
+    ledger: Ledger,
+    shadow: Store,
+    step: Step,
+    schemas: dict[str, pa.Schema],
+    outlets: Sequence[Outlet],
+) -> None:
+    """In one transaction: drop the old table and state, write the new ones, and post what has changed."""
     made = shadow.cursor().sql(
         "SELECT table_schema, table_name FROM information_schema.tables "
         "WHERE table_type = 'BASE TABLE' AND table_schema IN ('main', '_state')"
     )
     names = [(s, t) for s, t in made.fetchall() if t not in step.tables]
-    with transaction(store, lambda: False) as cur:
+    with (
+        transaction(store, lambda: False) as cur,
+        resent(cur, ledger, outlets, step.name),
+    ):
         drop(cur, step.name)
         for schema, table in names:
             rows = shadow.cursor().sql(f"FROM {quote(schema)}.{quote(table)}").to_arrow_table()

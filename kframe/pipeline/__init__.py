@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import ExitStack
 
 import pandas as pd
 import pyarrow as pa
@@ -15,6 +16,7 @@ from kframe.errors import ConfigError, DefinitionError, interruptible
 from kframe.model import RECORDS, Fetched, RunReport
 from kframe.pipeline.showing import Showing
 from kframe.rebuild import rebuild
+from kframe.sinks.outbox import resent
 from kframe.sinks.table import drop
 from kframe.standby.standing import leave
 from kframe.status import batches_frame, lag_frame
@@ -171,6 +173,7 @@ class Pipeline(Showing):
             {t: self._definition.topics[t].decoder(self.schema(t)) for t in step.topics},
             self._options.limits,
             list(steps),
+            list(self._definition.outlets.values()),
             progress,
         )
 
@@ -201,8 +204,12 @@ class Pipeline(Showing):
         with interruptible(lambda: _rewound(done.is_set())):
             self.stop()
             with transaction(self._store, lambda: False) as cur:
-                for name in self._ledger.forget(cur):
-                    drop(cur, name)
+                outlets = self._definition.outlets.values()
+                with ExitStack() as stack:
+                    for table in {outlet.step for outlet in outlets}:
+                        stack.enter_context(resent(cur, self._ledger, outlets, table))
+                    for name in self._ledger.forget(cur):
+                        drop(cur, name)
                 done.set()
 
     def _check_alone(self, what: str) -> None:

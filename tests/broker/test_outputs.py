@@ -143,6 +143,39 @@ def test_published_tables_are_the_last_record_of_each_key(
         assert next(iter(policy.values())).result()["cleanup.policy"].value == "compact"
 
 
+def test_a_table_made_anew_is_what_its_topic_says(
+    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+) -> None:
+    """Kills: keys that are gone from the table and stay in the topic; rows sent that are the same."""
+    source = make_topic()
+    produce(kafka, source, rows(30))
+    with shop(kafka, tmp_path, source) as made:
+
+        def define(more: int, without: str) -> None:
+            @made.table("latest", key="sku", inputs=[source])
+            def latest(orders: pd.DataFrame) -> pd.DataFrame:
+                last = orders[orders.sku != without].drop_duplicates("sku", keep="last")
+                return last.assign(qty=last.qty + more * (last.sku == "s0"))[["sku", "qty"]]
+
+        def check(sent: int) -> None:
+            made.run(progress=False)
+            records = consume(kafka, f"{source}-latest")
+            last = {key.decode(): value for key, value in records if key is not None}
+            table = {row["sku"]: row for row in made.read("latest").to_dict("records")}
+            assert {sku: value for sku, value in last.items() if value is not None} == table
+            assert len(records) == sent
+
+        define(0, "none")
+        made.publish("latest", topic=f"{source}-latest")
+        check(9)
+        define(1000, "s1")
+        made.rebuild("latest", progress=False)
+        check(9 + 2)  # s0 is another, s1 is gone, s2 is what it was
+        define(1000, "s2")
+        made.rewind()
+        check(9 + 2 + 2 + 6)  # two are gone; three batches with two each
+
+
 def test_a_table_published_later_sends_what_it_holds(
     kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
 ) -> None:

@@ -157,3 +157,39 @@ def test_the_file_does_not_grow_with_what_was_delivered(tmp_path: Path) -> None:
     assert box.undelivered() == 0
     store.close()
     assert (tmp_path / "s.duckdb").stat().st_size < 5_000_000
+
+
+class Mirror(Gate):
+    """A target that keeps a table by its key, as a store would."""
+
+    name = "mirror"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: dict[int, dict[str, int]] = {}
+
+    def send(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            for row in entry.rows.to_pylist():
+                if entry.kind == "delete":
+                    self.table.pop(row["rest"], None)
+                else:
+                    self.table[row["rest"]] = row
+
+
+def test_a_connected_table_made_anew_is_as_it_is_here(tmp_path: Path) -> None:
+    """Kills: groups that are gone here and stay there."""
+    source, mirror = MemorySource(), Mirror()
+    for n in range(20):
+        source.append("numbers", {"n": n})
+    with kf.Pipeline(tmp_path / "p.duckdb", source=source) as made:
+        made.topic("numbers", schema={"n": "int64"})
+        for divisor, anew in ((7, lambda: None), (5, lambda: made.rebuild("rests")), (3, made.rewind)):
+            made.sql_table("rests", f"SELECT n % {divisor} AS rest, count(*) AS c FROM numbers GROUP BY 1")
+            made.connect(mirror, tables=["rests"])
+            anew()
+            made.run(progress=False)
+            assert sorted(mirror.table.values(), key=str) == sorted(
+                made.read("rests").to_dict("records"), key=str
+            )
+            assert len(mirror.table) == divisor
