@@ -97,7 +97,7 @@ class Replica:
         """Apply what the pipeline has committed and published up to now. Errors as of `follow`."""
         self.stop()
         with progress_bar(f"{self.pipeline} restoring", " records", shown=progress) as advance:
-            last = self._follower.catch_up(advance, keep_own=True)
+            last = self._follower.catch_up(advance)
             if last is None or last.file == self._store.id:
                 raise ConfigError(
                     f"{self._store.path} is the pipeline's own file, or its changelog is still empty.",

@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS _kframe.deliveries (
 CREATE TABLE IF NOT EXISTS _kframe.outlets (
     pipeline VARCHAR NOT NULL, target VARCHAR NOT NULL, name VARCHAR NOT NULL);
 CREATE TABLE IF NOT EXISTS _kframe.followed (
-    pipeline VARCHAR NOT NULL, position BIGINT NOT NULL, whole BOOLEAN NOT NULL,
+    pipeline VARCHAR NOT NULL, topic_id VARCHAR NOT NULL, position BIGINT NOT NULL, whole BOOLEAN NOT NULL,
     followed_at TIMESTAMPTZ NOT NULL);
 CREATE TABLE IF NOT EXISTS _kframe.file (id VARCHAR NOT NULL);
 INSERT INTO _kframe.file SELECT CAST(uuid() AS VARCHAR) WHERE NOT EXISTS (FROM _kframe.file);

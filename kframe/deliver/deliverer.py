@@ -110,7 +110,7 @@ class Deliverer:
         end = self._outbox.end(name)
         position = kept if held is None else held
         if held is not None and held > end:
-            raise _another_file(self._outbox.pipeline, name, held, end)
+            raise another_file(self._outbox.pipeline, name, held, end)
         if position < kept or (held is None and kept):
             if self._outbox.undelivered(name) and was_exact and self.target.exact:
                 raise _position_lost(self._outbox.pipeline, name, held, kept, end)
@@ -216,7 +216,8 @@ class Deliveries:
             deliverer.close(max(0.0, until - time.monotonic()))
 
 
-def _another_file(pipeline: str, target: str, held: int, end: int) -> KframeError:
+def another_file(pipeline: str, target: str, held: int, end: int) -> KframeError:
+    """The error for a file that has not made what has been delivered."""
     return DeliveryUnknown(
         f"{target}: {held:,} rows of pipeline {pipeline!r} have been delivered there, but this file has only "
         f"ever made {end:,}. It is an older copy, or another file under the same name.",

@@ -44,7 +44,7 @@ class TransactionalTopics:
     def __init__(self, settings: Settings, pipeline: str) -> None:
         self.recycled = 0
         self._settings = settings
-        self._id = f"kframe.{pipeline}.delivery"
+        self._id = _delivery_id(pipeline)
         self._owner = uuid.uuid4().hex
         self._config = settings.producer(transactional_id=self._id)
         self._slow_s = int(self._config.get("retry.backoff.ms", 100)) / 2000
@@ -180,6 +180,28 @@ class TransactionalTopics:
             kept="Nothing of this delivery is visible; the rows are kept in the outbox.",
             hint="Use the newer run, or give this pipeline another name=.",
         )
+
+
+def delivered_position(settings: Settings, pipeline: str) -> int:
+    """What has been delivered, by whichever run; nobody is disturbed.
+
+    Raises
+    ------
+    DeliveryDelayed
+        Kafka does not say.
+    """
+    group = ck.Consumer(settings.consumer(_delivery_id(pipeline)))
+    try:
+        return max(0, int(group.committed([ck.TopicPartition(MARKER, 0)], timeout=_TIMEOUT_S)[0].offset))
+    except ck.KafkaException as error:
+        raise told(settings, error) from None
+    finally:
+        group.close()
+
+
+def _delivery_id(pipeline: str) -> str:
+    """The name of the group and of the transactional id."""
+    return f"kframe.{pipeline}.delivery"
 
 
 def _connect(sender: Sender) -> None:

@@ -27,8 +27,10 @@ _LOOK_BACK = 64  # offsets; the last commit is seldom farther from the end
 
 
 class Followed(NamedTuple):
-    """How far a file has followed: the next offset, whether its tables are those of one batch, and when."""
+    """How far a file has followed: in which topic, the next offset, whether its tables are those of one
+    batch, and when. Topic and time are None for a file that never has."""
 
+    topic_id: str | None
     position: int
     whole: bool
     at: datetime | None
@@ -74,6 +76,7 @@ class Follower:
         self._retention = retention
         self._at_edge = at_edge
         self._pending = RECORDS.empty_table()
+        self._topic_id = ""
 
     def catch_up(
         self,
@@ -105,6 +108,7 @@ class Follower:
             `keep_own`, and there are such batches; or the file is one that was used without standing by, and
             the changelog another's. Nothing was changed.
         """
+        self._topic_id = self._id_of_now()
         end = self._source.offsets([self._tp], "latest")[self._tp]
         low = self._source.offsets([self._tp], "earliest")[self._tp]
         stop, last = self._last(low, end)
@@ -153,7 +157,10 @@ class Follower:
 
     def _follow(self, stopped: Callable[[], bool]) -> None:
         self._pending = RECORDS.empty_table()
-        at = Position(self.followed().position)
+        self._topic_id = self._id_of_now()
+        followed = self.followed()
+        begun = followed.topic_id == self._topic_id
+        at = Position(followed.position if begun else self._source.offsets([self._tp], "earliest")[self._tp])
         self._source.start({self._tp: at}, None, _LIMITS)
         try:
             while not stopped():
@@ -167,15 +174,20 @@ class Follower:
     def followed(self) -> Followed:
         """How far the file is."""
         row = self._store.cursor().execute(
-            "SELECT position, whole, epoch_ms(followed_at) FROM _kframe.followed WHERE pipeline = ?",
+            "SELECT topic_id, position, whole, epoch_ms(followed_at) FROM _kframe.followed "
+            "WHERE pipeline = ?",
             [self._ledger.pipeline],
         )
         found = row.fetchone()
         if found is None:
-            return Followed(0, self._ledger.next_batch_id() > 0, None)
-        return Followed(found[0], found[1], datetime.fromtimestamp(found[2] / 1000, UTC))
+            return Followed(None, 0, self._ledger.next_batch_id() > 0, None)
+        topic_id, position, whole, at_ms = found
+        return Followed(topic_id, position, whole, datetime.fromtimestamp(at_ms / 1000, UTC))
 
     # ---- its parts ----------------------------------------------------------------------------------
+
+    def _id_of_now(self) -> str:
+        return self._source.describe([self._tp.topic])[self._tp.topic].topic_id
 
     def _last(self, low: int, end: int) -> tuple[int, Commit | None]:
         """What the changelog ends with, and the offset behind it; only a transaction's marker follows."""
@@ -203,7 +215,12 @@ class Follower:
         """Whether the file has committed batches that nobody else has seen."""
         if not self.followed().whole:
             return False
-        return self._ledger.next_batch_id() > last.batch_id + 1 or self._outbox.undelivered(self._target) > 0
+        return self._ledger.next_batch_id() > last.batch_id + 1 or self._holds_own()
+
+    def _holds_own(self) -> bool:
+        """Whether it holds rows that are still to be published, or batches of a changelog that is gone."""
+        gone = self.followed().topic_id not in (None, self._topic_id)
+        return gone or self._outbox.undelivered(self._target) > 0
 
     def _check_not_alone(self) -> None:
         if self.followed().at is None and self._ledger.next_batch_id() > 0:
@@ -225,7 +242,7 @@ class Follower:
         if found is not None:
             if found[1].file != self._store.id:
                 self._check_not_alone()
-                if self._outbox.undelivered(self._target):
+                if self._holds_own():
                     raise _Superseded
             head, self._pending = self._pending[: found[0] + 1], self._pending[found[0] + 1 :]
             self._apply(
@@ -263,8 +280,8 @@ class Follower:
 
     def _set(self, cur: duckdb.DuckDBPyConnection, position: int, *, whole: bool) -> None:
         cur.execute("DELETE FROM _kframe.followed WHERE pipeline = ?", [self._ledger.pipeline])
-        row = [self._ledger.pipeline, position, whole, now()]
-        cur.execute("INSERT INTO _kframe.followed VALUES (?, ?, ?, ?)", row)
+        row = [self._ledger.pipeline, self._topic_id, position, whole, now()]
+        cur.execute("INSERT INTO _kframe.followed VALUES (?, ?, ?, ?, ?)", row)
 
 
 def _own_batches(ledger: Ledger, hint: str) -> ConfigError:

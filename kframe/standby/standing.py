@@ -10,7 +10,9 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
 from kframe.commit.transaction import transaction
+from kframe.deliver.deliverer import another_file
 from kframe.deliver.kafka import NAME as KAFKA
+from kframe.deliver.kafka import delivered_position
 from kframe.deliver.producing import explained, prepare_topics, unless_there
 from kframe.deliver.target import Target
 from kframe.errors import ConfigError, Fenced
@@ -92,6 +94,8 @@ def leave(settings: Settings | None, ledger: Ledger, what: str) -> None:
         It is there.
     Restoring
         The file was being restored from it.
+    DeliveryUnknown
+        Another instance has published more than this file has.
     """
     topic = changelog_topic(ledger.pipeline)
     if not ledger.follows() and not Outbox(ledger.store, ledger.pipeline).enrolled(KAFKA, topic):
@@ -103,10 +107,17 @@ def leave(settings: Settings | None, ledger: Ledger, what: str) -> None:
             kept="Nothing was changed.",
             hint=f"Give standby=True. To stand by no more, stop all instances and delete topic {topic!r}.",
         )
+    _check_newest(ledger, delivered_position(settings, ledger.pipeline))
     with transaction(ledger.store, lambda: False) as cur:
         ledger.check_whole(cur)
         Outbox(ledger.store, ledger.pipeline).withdraw(cur, KAFKA, topic)
         ledger.follow_nothing(cur)
+
+
+def _check_newest(ledger: Ledger, held: int) -> None:
+    end = Outbox(ledger.store, ledger.pipeline).end(KAFKA)
+    if held > end:
+        raise another_file(ledger.pipeline, KAFKA, held, end)
 
 
 class Standby:
@@ -171,6 +182,7 @@ class Standby:
         self._at_edge("caught_up")
         outbox = Outbox(self._ledger.store, self._ledger.pipeline)
         if last is None:
+            _check_newest(self._ledger, held)
             on_its_way = outbox.enrolled(KAFKA, self._topic) and outbox.undelivered(KAFKA)
             if not on_its_way:
                 reader.begin()

@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 
 import kframe as kf
 from kframe.cli import main
-from kframe.errors import ConfigError, InstanceActive, Restoring
+from kframe.errors import ConfigError, DeliveryUnknown, InstanceActive, Restoring
 from kframe.model import TopicPartition
 from kframe.standby import standing
 from kframe.testing import InjectedFault, MemorySource
@@ -284,6 +284,10 @@ def test_a_file_that_has_stood_by_is_not_used_alone(kafka: kf.LocalKafka, topic:
     write(kafka, topic, range(40))
     with instance(kafka, tmp_path / "a.duckdb", topic) as a:
         a.run(progress=False)
+    for name in "ba":  # in the end "a" knows most
+        write(kafka, topic, range(40, 45))
+        with instance(kafka, tmp_path / f"{name}.duckdb", topic) as made:
+            assert made.run(progress=False).rows == 5
     write(kafka, topic, range(40, 60))
     with instance(kafka, tmp_path / "a.duckdb", topic, standby=False) as alone:
         for use in (alone.run, alone.rewind, lambda: alone.rebuild("rows")):
@@ -293,12 +297,18 @@ def test_a_file_that_has_stood_by_is_not_used_alone(kafka: kf.LocalKafka, topic:
         admin = AdminClient({"bootstrap.servers": kafka.brokers})
         admin.delete_topics([changelog])[changelog].result()
         until(lambda: changelog not in admin.list_topics(timeout=10).topics, lambda: "it is still there")
+        with (
+            instance(kafka, tmp_path / "b.duckdb", topic, standby=False) as older,
+            pytest.raises(DeliveryUnknown, match="Use the newest file"),
+        ):
+            older.run(progress=False)
         assert alone.run(progress=False).rows == 20
     with instance(kafka, tmp_path / "a.duckdb", topic) as a:  # stands by again: everything is told anew
         assert a.run(progress=False).rows == 0
-        with instance(kafka, tmp_path / "b.duckdb", topic) as b:
-            assert b.run(progress=False).rows == 0
-            assert tables(b) == tables(a)
+        for name in ("b", "c"):  # one of the old changelog, and one of none
+            with instance(kafka, tmp_path / f"{name}.duckdb", topic) as other:
+                assert other.run(progress=False).rows == 0
+                assert tables(other) == tables(a)
 
 
 def test_a_standby_that_was_there_first_follows(kafka: kf.LocalKafka, topic: str, tmp_path: Path) -> None:

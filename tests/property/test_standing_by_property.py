@@ -344,3 +344,23 @@ def test_a_file_that_was_used_alone_is_no_instance(monkeypatch: pytest.MonkeyPat
     alone.check()
     state.mishap("b", "lost", 1)
     state.teardown()
+
+
+def test_a_changelog_that_was_made_again_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: one read on from where the old one was left; what the file had told is taken for told."""
+    monkeypatch.setattr(follow, "_LIMITS", follow._LIMITS)
+    for first in "ab":  # the file that knows most goes on; or an empty one begins, and is read by all
+        state = StandingBy()
+        for _ in range(3):
+            state.work("a", 5, "deliver")
+        state.members["a"].end_turn()
+        for name in "bc":
+            state.stand_by(name, ENOUGH, "", 1000)
+        if first == "b":
+            state.mishap("b", "lost", 1)
+        state.brokers.log.create(TOPIC)
+        state.stand_by("c", ENOUGH, "", 1000)
+        for _ in range(5):
+            state.work(first, 3, "deliver")
+            state.stand_by("c", ENOUGH, "", 1000)
+        state.teardown()
