@@ -181,9 +181,10 @@ class Run(TakingOver):
                 self.ended.set()
 
     def _serve(self, work: Callable[[Engine], None], targets: Sequence[Target]) -> None:
+        deliveries = Deliveries(Outbox(self._store, self._ledger.pipeline), targets, self._at_edge)
         self.engine = self._take_over(self._stopped)
         if targets:
-            self._deliveries = Deliveries(Outbox(self._store, self._ledger.pipeline), targets, self._at_edge)
+            self._deliveries = deliveries
             self._deliveries.start()
         work(self.engine)
         self._finish()

@@ -21,7 +21,7 @@ _current: dict[tuple[str, str, str], Deliverer] = {}
 
 
 class Deliverer:
-    """Delivers one pipeline's rows to one target, until `close`.
+    """Delivers one pipeline's rows to one target, until `close`. Made before the run posts any of its own.
 
     Whatever goes wrong in a retryable way, the way back is that of a restart: `Target.open`, and on from the
     position that it returns. Committed batches are never touched.
@@ -43,6 +43,7 @@ class Deliverer:
         self._outbox = outbox
         self._at_edge = at_edge
         self._place = (outbox.store.path, outbox.pipeline, target.name)
+        self._made_before: int | None = outbox.end(target.name)
         self._before: Deliverer | None = None
         self._woken = threading.Event()
         self._ending = threading.Event()
@@ -107,10 +108,11 @@ class Deliverer:
         name = self.target.name
         kept, was_exact = self._outbox.position(name)
         held = self.target.open(kept)
-        end = self._outbox.end(name)
+        end = self._outbox.end(name) if self._made_before is None else self._made_before
         position = kept if held is None else held
         if held is not None and held > end:
             raise another_file(self._outbox.pipeline, name, held, end)
+        self._made_before = None  # from now on what this run makes may be delivered, too
         if position < kept or (held is None and kept):
             if self._outbox.undelivered(name) and was_exact and self.target.exact:
                 raise _position_lost(self._outbox.pipeline, name, held, kept, end)

@@ -14,6 +14,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 import kframe as kf
+from kframe.deliver.kafka import TransactionalTopics
 from kframe.errors import ConfigError, DefinitionError, DeliveryRefused, DeliveryUnknown, SchemaError
 from kframe.testing import Fault, Faults, InjectedFault
 
@@ -353,16 +354,31 @@ def test_an_expired_position_stops_rather_than_doubles(
 
 
 def test_an_older_copy_of_the_file_is_refused(
-    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path
+    kafka: kf.LocalKafka, make_topic: MakeTopic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Kills: rows of this run taken for those that another file has delivered under their ids."""
     source, out = make_topic(), make_topic()
     produce(kafka, source, rows(10))
+    committed = threading.Event()
+    open_at_once = TransactionalTopics.open
+
+    def open_late(target: TransactionalTopics, kept: int) -> int | None:
+        assert committed.wait(30)
+        return open_at_once(target, kept)
+
     for folder in (tmp_path / "one", tmp_path / "other"):
         folder.mkdir()
     with shop(kafka, tmp_path / "one", source) as made:
         made.output(out, inputs=[source])(lambda orders: orders[["qty"]])
         made.run(progress=False)
-    with shop(kafka, tmp_path / "other", source, start_from="latest") as made:
+    monkeypatch.setattr(TransactionalTopics, "open", open_late)
+    produce(kafka, source, rows(10, first=10))
+
+    def at_edge(edge: str) -> None:
+        if edge == "committed":
+            committed.set()
+
+    with shop(kafka, tmp_path / "other", source, at_edge=at_edge) as made:
         made.output(out, inputs=[source])(lambda orders: orders[["qty"]])
         with pytest.raises(DeliveryUnknown, match="this file has only ever made 0"):
             made.run(progress=False)
