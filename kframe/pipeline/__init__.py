@@ -52,7 +52,8 @@ class Pipeline(Showing):
     on_lost_range : "stop" or "skip"
         When Kafka no longer has records that were still to be read. Either way ``_kframe.gaps`` names them.
     on_definition_change : "warn" or "stop"
-        When a table's definition is not the one of the last run.
+        When a table's definition is not the one of the last run. One that keeps its rows in another form (key,
+        groups, sums) always stops; `rebuild` computes the table anew.
     snapshot_to : path, optional
         A copy of the file for other processes, replaced atomically after commits (at most once a second,
         and seldom enough to cost less than a tenth of the time), and at the end of a run.
@@ -60,7 +61,8 @@ class Pipeline(Showing):
         What DuckDB may hold in memory; larger queries spill to disk. Set by the first pipeline of a file.
     standby : bool
         Publish every batch's changes and positions to a compacted changelog topic, and join the group of this
-        pipeline's instances: one is active, the others follow it and take over. Each has a file of its own.
+        pipeline's instances: one is active, the others follow it and take over. Each has a file of its own,
+        which is run so ever after: the changelog would lack what it commits alone.
     source : Source, optional
         Another log than Kafka, such as `kframe.testing.MemorySource`.
     executor : Executor, optional
@@ -137,7 +139,8 @@ class Pipeline(Showing):
     def rebuild(self, table: str, *, progress: bool = True) -> int:
         """Compute one table anew from the retained log, under its definition of now, and swap it in at once.
 
-        The log is read up to the stored positions, which stay; so do the other tables.
+        The log is read up to the stored positions, which stay; so do the other tables. Where a keyed table is
+        published or connected, what it shows differently is delivered by the next run.
 
         Parameters
         ----------
@@ -184,7 +187,7 @@ class Pipeline(Showing):
         ----------
         to : "earliest"
             All tables of this pipeline (side tables apart) and its positions are removed in one transaction;
-            the next run begins at `start_from`.
+            the next run begins at `start_from`. Keyed tables that are published or connected are emptied there.
 
         Raises
         ------
