@@ -52,8 +52,8 @@ class Pipeline(Showing):
     on_lost_range : "stop" or "skip"
         When Kafka no longer has records that were still to be read. Either way ``_kframe.gaps`` names them.
     on_definition_change : "warn" or "stop"
-        When a table's definition is not the one of the last run. One that keeps its rows in another form (key,
-        groups, sums) always stops; `rebuild` computes the table anew.
+        When a table's definition is not the one of the last run. One that keeps its rows in another form
+        (key, groups, sums) always stops; `rebuild` computes the table anew.
     snapshot_to : path, optional
         A copy of the file for other processes, replaced atomically after commits (at most once a second,
         and seldom enough to cost less than a tenth of the time), and at the end of a run.
@@ -187,7 +187,8 @@ class Pipeline(Showing):
         ----------
         to : "earliest"
             All tables of this pipeline (side tables apart) and its positions are removed in one transaction;
-            the next run begins at `start_from`. Keyed tables that are published or connected are emptied there.
+            the next run begins at `start_from`. Keyed tables that are published or connected are emptied
+            there.
 
         Raises
         ------
