@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from kframe.source.settings import Settings
 MARKER = "kframe-delivered"
 """The topic whose group offsets are delivered positions. It never holds a record, but it must exist."""
 _ADMIN_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.1
 _FLUSH_TIMEOUT_S = 60.0
 FENCED = {ck.KafkaError._FENCED, ck.KafkaError.INVALID_PRODUCER_EPOCH, 90}
 _REFUSED = {
@@ -165,8 +167,7 @@ def prepare_topics(settings: Settings, outlets: Iterable[Outlet]) -> set[str]:
         ]
         for future in admin.create_topics(new, request_timeout=_ADMIN_TIMEOUT_S).values() if new else ():
             unless_there(future)
-        asked = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in made]
-        policies = {r.name: f.result() for r, f in admin.describe_configs(asked).items()} if asked else {}
+        policies = topic_configs(admin, made) if made else {}
     compacted = {name for name, config in policies.items() if "compact" in config["cleanup.policy"].value}
     for outlet in outlets:
         if outlet.name in compacted and not outlet.key:
@@ -176,6 +177,20 @@ def prepare_topics(settings: Settings, outlets: Iterable[Outlet]) -> set[str]:
                 hint="Give the output a key=, or the topic another cleanup.policy.",
             )
     return compacted
+
+
+def topic_configs(admin: AdminClient, names: Iterable[str]) -> dict[str, Any]:
+    """The settings of topics. One that has just been made is unknown to some broker for a moment."""
+    asked = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
+    until = time.monotonic() + _ADMIN_TIMEOUT_S
+    while True:
+        try:
+            return {r.name: future.result() for r, future in admin.describe_configs(asked).items()}
+        except ck.KafkaException as error:
+            unknown = error.args[0].code() == ck.KafkaError.UNKNOWN_TOPIC_OR_PART
+            if not unknown or time.monotonic() > until:
+                raise
+            time.sleep(_LOOK_AGAIN_S)
 
 
 def unless_there(future: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from kframe.commit.ledger import Ledger
 from kframe.commit.outbox import Outbox
@@ -13,7 +13,7 @@ from kframe.commit.transaction import transaction
 from kframe.deliver.deliverer import another_file
 from kframe.deliver.kafka import NAME as KAFKA
 from kframe.deliver.kafka import delivered_position
-from kframe.deliver.producing import explained, prepare_topics, unless_there
+from kframe.deliver.producing import explained, prepare_topics, topic_configs, unless_there
 from kframe.deliver.target import Target
 from kframe.errors import ConfigError, Fenced
 from kframe.source.kafka import KafkaSource
@@ -49,9 +49,8 @@ def tombstones_kept(settings: Settings, topic: str) -> timedelta | None:
         admin = AdminClient(settings.admin())
         if topic not in admin.list_topics(timeout=_ADMIN_TIMEOUT_S).topics:
             return None
-        asked = ConfigResource(ConfigResource.Type.TOPIC, topic)
-        (described,) = admin.describe_configs([asked]).values()
-        return timedelta(milliseconds=int(described.result()["delete.retention.ms"].value))
+        config = topic_configs(admin, [topic])[topic]
+        return timedelta(milliseconds=int(config["delete.retention.ms"].value))
 
 
 def existing_changelog(settings: Settings, pipeline: str) -> tuple[str, timedelta]:

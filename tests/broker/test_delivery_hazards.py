@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 import kframe as kf
 import kframe.deliver.kafka as kafka_target
 from kframe.deliver.kafka import TransactionalTopics
-from kframe.deliver.producing import prepare_topics
+from kframe.deliver.producing import prepare_topics, topic_configs
 from kframe.errors import DeliveryDelayed, Fenced
 from kframe.model import Entry, Outlet
 from kframe.source.settings import Settings
@@ -263,6 +263,16 @@ def test_a_fenced_producer_asks_before_it_takes_over(
     with pytest.raises(Fenced):
         older.open(0)
     assert scene.visible() == Counter(range(N))
+
+
+def test_a_topic_that_a_broker_does_not_know_yet(proxied: tuple[kf.LocalKafka, Proxy]) -> None:
+    """Kills: a first run that ends with "Unknown topic", of a topic that it has just made."""
+    kafka, _ = proxied
+    made = threading.Timer(0.5, lambda: kafka.create_topic("known-soon", 1))
+    made.start()
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    assert topic_configs(admin, ["known-soon"])["known-soon"]["cleanup.policy"].value == "delete"
+    made.join()
 
 
 def test_a_broker_killed_with_a_transaction_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
