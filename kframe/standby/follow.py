@@ -205,7 +205,8 @@ class Follower:
         followed = self.followed()
         seen = [at for at in (followed.at, self._ledger.last_committed_at()) if at is not None]
         stale = not seen or now() - max(seen) > self._retention / 2
-        if not stale and followed.position >= low and not self._unpublished(last):
+        within = followed.topic_id == self._topic_id and followed.position >= low
+        if within and not stale and not self._unpublished(last):
             return followed
         self._wipe()
         self._move(low, whole=False)
