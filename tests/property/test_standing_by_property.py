@@ -360,10 +360,12 @@ def test_a_changelog_that_was_made_again_is_another(monkeypatch: pytest.MonkeyPa
             state.mishap("b", "lost", 1)
             state.mishap("c", "lost", 1)
             state.stand_by("c", 1, "applied", 1000)  # not known to be whole
+            state.brokers.position = None
         state.brokers.log.create(TOPIC)
         if first == "a":
             state.stand_by("c", ENOUGH, "", 1000)
         for _ in range(5):
             state.work(first, 3, "deliver")
+            assert state.members[first].engine is not None
             state.stand_by("c", ENOUGH, "", 1000)
         state.teardown()
