@@ -33,11 +33,14 @@ TIMEOUT_MS = 30_000
 
 
 class Lab:
-    """A running JupyterLab: its address, its folder, its settings."""
+    """A running JupyterLab: its address, its folder, its settings, and extensions that it goes without."""
 
-    def __init__(self, root: Path, home: Path) -> None:
+    def __init__(self, root: Path, home: Path, *without: str) -> None:
         self.root = root
         self.port = _free_port()
+        disabled = home / "CONFIG" / "labconfig" / "page_config.json"
+        disabled.parent.mkdir(parents=True)
+        disabled.write_text(json.dumps({"disabledExtensions": dict.fromkeys(without, True)}))
         settings = home / "settings" / "@jupyterlab"
         for name, values in _SETTINGS.items():
             file = settings / f"{name}.jupyterlab-settings"
