@@ -122,11 +122,8 @@ def test_notebook_7_shows_it_too(lab: Lab, page: Page, tmp_path: Path) -> None:
 @pytest.fixture
 def lab_without_widgets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A front end that knows the kernel's widgets by name alone, as VS Code may."""
-    running = Lab(
-        tmp_path_factory.mktemp("bare"),
-        tmp_path_factory.mktemp("home"),
-        "@jupyter-widgets/jupyterlab-manager",
-    )
+    root, home = tmp_path_factory.mktemp("bare"), tmp_path_factory.mktemp("home")
+    running = Lab(root, home, "@jupyter-widgets/jupyterlab-manager")
     try:
         running.wait()
         yield running
@@ -136,10 +133,9 @@ def lab_without_widgets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[La
 
 def test_without_widgets_it_is_a_page(lab_without_widgets: Lab, page: Page, tmp_path: Path) -> None:
     """Kills: nothing, a class name or "Loading widget" where the panel would be."""
-    lab_without_widgets.notebook(
-        "bare", [DEFINE.format(path=str(tmp_path / "shop.duckdb")), START, ADD, "shop"]
-    )
-    book = Book(page, lab_without_widgets, "bare")
+    lab = lab_without_widgets
+    lab.notebook("bare", [DEFINE.format(path=str(tmp_path / "shop.duckdb")), START, ADD, STOP, "shop"])
+    book = Book(page, lab, "bare")
     assert book.told(0) == ""
     book.run(1)
     panel = book.cell(1)
@@ -148,7 +144,10 @@ def test_without_widgets_it_is_a_page(lab_without_widgets: Lab, page: Page, tmp_
     expect(panel.get_by_role("button")).to_have_count(0)
     assert "widget" not in panel.inner_text().lower()
     book.run(2)
-    assert "stopped" in book.told(3) or "140" in book.told(3)
+    book.run(3)
+    told = book.told(4)
+    assert "stopped" in told
+    assert "140" in told
 
 
 def test_a_page_that_is_loaded_again_goes_on(open_book: Open, page: Page, lab: Lab) -> None:
